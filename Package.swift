@@ -1,0 +1,51 @@
+// swift-tools-version: 6.2
+// SPDX-License-Identifier: Apache-2.0
+import PackageDescription
+
+/// What every Swift target is compiled with. No `unsafeFlags`: a VMM written in Swift must be able to depend on these
+/// libraries; link flags belong to the scripts that build the executable.
+let common: [SwiftSetting] = [
+    .treatAllWarnings(as: .error),
+    .enableUpcomingFeature("ExistentialAny"),
+]
+
+/// For the targets that touch bytes a guest chose: `unsafe` then marks every line a reviewer must read.
+let guestFacing: [SwiftSetting] = common + [.strictMemorySafety()]
+
+let package = Package(
+    name: "lacuna",
+    products: [
+        .executable(name: "lacuna", targets: ["lacuna"]),
+        .library(name: "GuestMemory", targets: ["GuestMemory"]),
+        .library(name: "Virtio", targets: ["Virtio"]),
+        .library(name: "Balloon", targets: ["Balloon"]),
+        .library(name: "KVM", targets: ["KVM"]),
+        .library(name: "Migration", targets: ["Migration"]),
+        .library(name: "Machine", targets: ["Machine"]),
+    ],
+    targets: [
+        .target(name: "CLinux"),
+        .target(name: "GuestMemory", dependencies: ["CLinux"], swiftSettings: guestFacing),
+        .target(name: "Virtio", dependencies: ["GuestMemory"], swiftSettings: guestFacing),
+        .target(name: "Balloon", dependencies: ["CLinux", "GuestMemory", "Virtio"], swiftSettings: guestFacing),
+        .target(name: "KVM", dependencies: ["CLinux"], swiftSettings: common),
+        .target(name: "Migration", dependencies: ["CLinux", "GuestMemory"], swiftSettings: common),
+        .target(
+            name: "Machine", dependencies: ["CLinux", "GuestMemory", "Virtio", "Balloon", "KVM", "Migration"],
+            swiftSettings: common),
+        .executableTarget(name: "lacuna", dependencies: ["CLinux", "Machine", "Migration"], swiftSettings: common),
+
+        .target(
+            name: "TestSupport", dependencies: ["GuestMemory", "Virtio"], path: "Tests/TestSupport",
+            swiftSettings: common),
+        .testTarget(name: "GuestMemoryTests", dependencies: ["GuestMemory", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "VirtioTests", dependencies: ["Virtio", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "BalloonTests", dependencies: ["Balloon", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "MigrationTests", dependencies: ["Migration", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "MachineTests", dependencies: ["Machine", "TestSupport"], swiftSettings: common),
+        .executableTarget(
+            name: "lacuna-scenarios", dependencies: ["CLinux", "Migration"], path: "Tests/TestVM/Scenarios",
+            swiftSettings: common),
+    ],
+    swiftLanguageModes: [.v6]
+)

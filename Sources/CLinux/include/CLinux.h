@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// What Swift cannot import: the variadic ioctl(), ioctl request numbers (function-like macros), atomics on memory that
+// somebody else maps too, and a few byte loops that want vector instructions. No logic lives here.
+#ifndef CLINUX_H
+#define CLINUX_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <arpa/inet.h>
+#include <linux/kvm.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include "virtio_balloon_bitmap.h"
+
+_Static_assert(sizeof(struct virtio_balloon_bitmap_hdr) == 24, "layout on the wire");
+_Static_assert(sizeof(struct virtio_balloon_bitmap_figures) == 40, "layout on the wire");
+
+// ioctl(2). The request numbers below are `unsigned long` constants of <linux/kvm.h>.
+static inline int lacuna_ioctl_none(int fd, unsigned long request, unsigned long argument) {
+    return ioctl(fd, request, argument);
+}
+static inline int lacuna_ioctl_pointer(int fd, unsigned long request, void *argument) {
+    return ioctl(fd, request, argument);
+}
+static inline int lacuna_open(const char *path, int flags, unsigned mode) { return open(path, flags, mode); }
+static inline int lacuna_fcntl_setfl(int fd, int flags) { return fcntl(fd, F_SETFL, flags); }
+extern char **environ;
+static inline char **lacuna_environ(void) { return environ; }
+static inline int lacuna_set_cloexec(int fd) { return fcntl(fd, F_SETFD, FD_CLOEXEC); }
+static inline int lacuna_fcntl_getfl(int fd) { return fcntl(fd, F_GETFL); }
+static inline int lacuna_errno(void) { return errno; }
+// mmap() with NULL for MAP_FAILED, a cast that Swift does not import.
+static inline void *lacuna_mmap(size_t bytes, int protection, int flags, int fd, off_t offset) {
+    void *mapping = mmap(NULL, bytes, protection, flags, fd, offset);
+    return mapping == MAP_FAILED ? NULL : mapping;
+}
+
+// Enumerations in glibc's headers that Swift imports as types that do not combine.
+static const int lacuna_SOCK_STREAM_CLOEXEC = SOCK_STREAM | SOCK_CLOEXEC;
+static const int lacuna_MSG_NOSIGNAL = MSG_NOSIGNAL;
+static const int lacuna_MSG_PEEK = MSG_PEEK;
+
+#define LACUNA_REQUEST(name) static const unsigned long lacuna_##name = name
+LACUNA_REQUEST(KVM_GET_API_VERSION);
+LACUNA_REQUEST(KVM_CREATE_VM);
+LACUNA_REQUEST(KVM_CHECK_EXTENSION);
+LACUNA_REQUEST(KVM_GET_VCPU_MMAP_SIZE);
+LACUNA_REQUEST(KVM_GET_SUPPORTED_CPUID);
+LACUNA_REQUEST(KVM_GET_MSR_INDEX_LIST);
+LACUNA_REQUEST(KVM_SET_USER_MEMORY_REGION);
+LACUNA_REQUEST(KVM_GET_DIRTY_LOG);
+LACUNA_REQUEST(KVM_CLEAR_DIRTY_LOG);
+LACUNA_REQUEST(KVM_SET_TSS_ADDR);
+LACUNA_REQUEST(KVM_SET_IDENTITY_MAP_ADDR);
+LACUNA_REQUEST(KVM_CREATE_IRQCHIP);
+LACUNA_REQUEST(KVM_CREATE_PIT2);
+LACUNA_REQUEST(KVM_IRQ_LINE);
+LACUNA_REQUEST(KVM_GET_IRQCHIP);
+LACUNA_REQUEST(KVM_SET_IRQCHIP);
+LACUNA_REQUEST(KVM_GET_PIT2);
+LACUNA_REQUEST(KVM_SET_PIT2);
+LACUNA_REQUEST(KVM_GET_CLOCK);
+LACUNA_REQUEST(KVM_SET_CLOCK);
+LACUNA_REQUEST(KVM_CREATE_VCPU);
+LACUNA_REQUEST(KVM_RUN);
+LACUNA_REQUEST(KVM_GET_REGS);
+LACUNA_REQUEST(KVM_SET_REGS);
+LACUNA_REQUEST(KVM_GET_SREGS);
+LACUNA_REQUEST(KVM_SET_SREGS);
+LACUNA_REQUEST(KVM_GET_FPU);
+LACUNA_REQUEST(KVM_SET_FPU);
+LACUNA_REQUEST(KVM_GET_MSRS);
+LACUNA_REQUEST(KVM_SET_MSRS);
+LACUNA_REQUEST(KVM_GET_LAPIC);
+LACUNA_REQUEST(KVM_SET_LAPIC);
+LACUNA_REQUEST(KVM_SET_CPUID2);
+LACUNA_REQUEST(KVM_GET_MP_STATE);
+LACUNA_REQUEST(KVM_SET_MP_STATE);
+LACUNA_REQUEST(KVM_GET_VCPU_EVENTS);
+LACUNA_REQUEST(KVM_SET_VCPU_EVENTS);
+LACUNA_REQUEST(KVM_GET_DEBUGREGS);
+LACUNA_REQUEST(KVM_SET_DEBUGREGS);
+LACUNA_REQUEST(KVM_GET_XSAVE);
+LACUNA_REQUEST(KVM_GET_XSAVE2);
+LACUNA_REQUEST(KVM_SET_XSAVE);
+LACUNA_REQUEST(KVM_GET_XCRS);
+LACUNA_REQUEST(KVM_SET_XCRS);
+LACUNA_REQUEST(KVM_KVMCLOCK_CTRL);
+LACUNA_REQUEST(KVM_ENABLE_CAP);
+LACUNA_REQUEST(KVM_GET_TSC_KHZ);
+LACUNA_REQUEST(KVM_SET_TSC_KHZ);
+#undef LACUNA_REQUEST
+
+// The parts of struct kvm_run that live in unions.
+static inline uint8_t lacuna_run_io_direction(const struct kvm_run *run) { return run->io.direction; }
+static inline uint8_t lacuna_run_io_size(const struct kvm_run *run) { return run->io.size; }
+static inline uint16_t lacuna_run_io_port(const struct kvm_run *run) { return run->io.port; }
+static inline uint32_t lacuna_run_io_count(const struct kvm_run *run) { return run->io.count; }
+static inline uint64_t lacuna_run_io_offset(const struct kvm_run *run) { return run->io.data_offset; }
+static inline uint64_t lacuna_run_mmio_address(const struct kvm_run *run) { return run->mmio.phys_addr; }
+static inline uint32_t lacuna_run_mmio_length(const struct kvm_run *run) { return run->mmio.len; }
+static inline bool lacuna_run_mmio_is_write(const struct kvm_run *run) { return run->mmio.is_write; }
+static inline uint8_t *lacuna_run_mmio_data(struct kvm_run *run) { return run->mmio.data; }
+static inline uint32_t lacuna_run_system_event(const struct kvm_run *run) { return run->system_event.type; }
+static inline uint64_t lacuna_run_fail_reason(const struct kvm_run *run) {
+    return run->fail_entry.hardware_entry_failure_reason;
+}
+static inline uint32_t lacuna_run_internal_suberror(const struct kvm_run *run) { return run->internal.suberror; }
+// Set by a signal handler's thread while the vCPU thread may be about to enter KVM_RUN: must not be reordered or torn.
+static inline void lacuna_run_set_immediate_exit(struct kvm_run *run, uint8_t value) {
+    __atomic_store_n(&run->immediate_exit, value, __ATOMIC_SEQ_CST);
+}
+
+// Atomics on plain memory: guest memory, log bitmaps shared with another thread or the kernel.
+static inline uint16_t lacuna_load_acquire_16(const void *p) {
+    return __atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE);
+}
+static inline void lacuna_store_release_16(void *p, uint16_t v) { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
+static inline uint64_t lacuna_load_relaxed_64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint64_t lacuna_fetch_or_64(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
+static inline uint64_t lacuna_exchange_64(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL); }
+static inline void lacuna_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+// Copies out of or into memory that a running guest may change at the same time. A plain memcpy() may read a byte
+// twice; the volatile pass-through stops the compiler from merging this copy with a later look at the source.
+void lacuna_copy(void *to, const void *from, size_t bytes);
+// True if all `bytes` (a multiple of 64) at `p` (8-byte aligned) are zero.
+bool lacuna_is_zero(const void *p, size_t bytes);
+// CRC-32C (Castagnoli, RFC 3720 appendix B.4) of `bytes`, continuing from `crc` (start with 0).
+uint32_t lacuna_crc32c(uint32_t crc, const void *p, size_t bytes);
+// target &= ~mask over `words`; returns how many bits that cleared.
+size_t lacuna_and_not(uint64_t *target, const uint64_t *mask, size_t words);
+size_t lacuna_popcount(const uint64_t *words, size_t count);
+
+// sigaction() for a signal whose only purpose is to interrupt a system call with EINTR.
+int lacuna_install_empty_handler(int signal);
+int lacuna_ignore_signal(int signal);
+int lacuna_pthread_kill(pthread_t thread, int signal);
+// GNU extensions, which Swift's importer hides. The name is cut to 15 bytes.
+void lacuna_name_thread(const char *name);
+int lacuna_accept(int fd); // accept4() with SOCK_CLOEXEC
+
+#endif

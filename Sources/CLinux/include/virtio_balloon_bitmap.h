@@ -1,0 +1,1 @@
+../../../protocol/include/linux/virtio_balloon_bitmap.h

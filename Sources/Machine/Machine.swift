@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0
+public import Balloon
+internal import CLinux
+public import GuestMemory
+import KVM
+import Synchronization
+import Virtio
+
+/// What a machine is made of.
+public struct MachineConfiguration: Sendable, Equatable {
+    /// Bytes of RAM, a multiple of 2 MiB, 64 MiB to 1 TiB.
+    public var memorySize: UInt64
+    /// 1 to 8.
+    public var vcpus: Int
+    public init(memorySize: UInt64, vcpus: Int) {
+        self.memorySize = memorySize
+        self.vcpus = vcpus
+    }
+
+    func check() throws(MachineError) {
+        guard (1...8).contains(vcpus) else { throw MachineError("\(vcpus) vCPUs; give 1 to 8 with --cpus") }
+        guard memorySize % (2 << 20) == 0, memorySize >= 64 << 20, memorySize <= 1 << 40 else {
+            throw MachineError("\(memorySize >> 20) MiB of guest memory; give a multiple of 2 MiB from 64M to 1024G with --memory")
+        }
+    }
+}
+
+/// Why a machine ended.
+public enum MachineEnd: Sendable, Equatable {
+    /// The guest switched itself off.
+    case poweredOff
+    /// The guest asked for a reset (or crashed so hard that a PC would reset).
+    case rebooted
+    /// Ended from outside.
+    case stopped
+    /// It runs elsewhere now.
+    case migrated
+    /// It could not go on.
+    case failed(String)
+}
+
+/// What a machine does at the moment.
+public enum MachineActivity: String, Sendable {
+    case running, paused, ended
+}
+
+/// A virtual machine: RAM, vCPUs with a thread each, a serial console, power management and a virtio balloon.
+///
+/// The devices work on the thread of the vCPU that touches them, so once the vCPUs are parked nothing but the migration
+/// writes guest memory.
+///
+/// Thread rules: every method may be called from any thread, except that one thread at a time drives a migration.
+public final class Machine: Sendable {
+    public let configuration: MachineConfiguration
+    public let memory: GuestMemory
+    public let balloon: BalloonDevice
+    let vm: VirtualMachine
+    let cpuid: [CPUIDEntry]
+    let vcpus: [VCPU]
+    let slots: [MemorySlot]
+    let serial: SerialPort
+    let power: PowerManagement
+    let transports: [MMIOTransport]
+
+    private struct Run {
+        var wanted = Wanted.paused
+        var started = false
+        var parked = 0
+        var gone = 0
+        var end: MachineEnd?
+        var threads: [pthread_t] = []
+    }
+    private enum Wanted { case running, paused, ended }
+    private let run: Monitor<Run>
+
+    /// Makes the machine; it neither has a kernel nor runs. `cpuid` is a migrating guest's; nil: what this host offers.
+    /// The console's output goes to the descriptor `console` (negative: nowhere).
+    public convenience init(_ configuration: MachineConfiguration, console: Int32) throws(MachineError) {
+        try self.init(configuration, console: console, cpuid: nil)
+    }
+
+    init(_ configuration: MachineConfiguration, console: Int32, cpuid wanted: [CPUIDEntry]?) throws(MachineError) {
+        try configuration.check()
+        self.configuration = configuration
+        let system = try Machine.openKVM()
+        do throws(GuestMemoryError) { memory = try GuestMemory(ranges: Layout.ram(size: configuration.memorySize)) } catch {
+            throw MachineError("\(error)")
+        }
+        do throws(KVMError) {
+            let offered = try CPUIDTemplate.make(system)
+            if let wanted, let lack = CPUIDTemplate.missing(wanted, in: offered) {
+                throw KVMError(call: "this host's CPU or KVM lacks \(lack), which the guest was booted with", errno: ENOTSUP)
+            }
+            cpuid = wanted ?? offered
+            let vm = try system.makeVM()
+            try vm.makeInterruptControllers()
+            slots = memory.regions.enumerated().map { number, region in
+                MemorySlot(
+                    number: UInt32(number), guestAddress: region.range.start.rawValue, size: region.range.size,
+                    hostAddress: UInt(bitPattern: region.host))
+            }
+            for slot in slots { try vm.set(slot, logDirtyPages: false) }
+            var made: [VCPU] = []
+            for number in 0..<configuration.vcpus {
+                made.append(
+                    try vm.makeVCPU(
+                        number, cpuid: CPUIDTemplate.entries(cpuid, vcpu: number, of: configuration.vcpus)))
+            }
+            vcpus = made
+            self.vm = vm
+        } catch { throw MachineError(error, while: "cannot make the virtual machine") }
+        let vm = vm
+        serial = SerialPort(output: console) { vm.setLine(Layout.serialLine, high: $0) }
+        power = PowerManagement { vm.setLine(Layout.systemControlLine, high: $0) }
+        balloon = BalloonDevice(memory: memory)
+        let pulse = EdgeLine(vm: vm, line: Layout.virtioLine)
+        transports = [MMIOTransport(device: balloon, memory: memory) { pulse.raise() }]
+        run = Monitor(Run())
+        _ = lacuna_install_empty_handler(SIGUSR1)
+    }
+
+    /// Opens /dev/kvm and makes sure that it can run an unmodified kernel.
+    static func openKVM() throws(MachineError) -> System {
+        let system: System
+        do throws(KVMError) { system = try System() } catch {
+            let remedy =
+                switch error.errno {
+                case ENOENT: "load kvm_intel or kvm_amd, or switch virtualization on in the firmware"
+                case EACCES: "add this user to the group that owns /dev/kvm"
+                default: "KVM is needed to run a guest"
+                }
+            throw MachineError("no usable KVM: \(error); \(remedy)")
+        }
+        // A KVM without the CPU's help opens and makes VMs, and then cannot run a kernel as it is.
+        let flags = try readFile("/proc/cpuinfo", what: "the CPU's description", remedy: "mount /proc")
+        let text = String(decoding: flags, as: UTF8.self)
+        guard text.split(whereSeparator: { $0 == " " || $0 == "\n" || $0 == "\t" }).contains(where: { $0 == "svm" || $0 == "vmx" })
+        else {
+            throw MachineError(
+                "no usable KVM: /dev/kvm opens, but this CPU offers no hardware virtualization (neither svm nor vmx in /proc/cpuinfo); enable nested virtualization here, or run in the test bed (Tests/TestVM/bed)")
+        }
+        return system
+    }
+
+    /// Loads a kernel and points the first vCPU at it. `commandLine` goes to the kernel as it is.
+    public func load(kernel: String, initramfs: String?, commandLine: String) throws(MachineError) {
+        let loader = LinuxLoader(memory: memory, vcpus: configuration.vcpus, virtioDevices: transports.count)
+        let entry = try loader.load(kernel: kernel, initramfs: initramfs, commandLine: commandLine)
+        do throws(KVMError) { try loader.enter(vcpus[0], at: entry) } catch {
+            throw MachineError(error, while: "cannot set up the first vCPU")
+        }
+    }
+
+    // MARK: Running
+
+    public var activity: MachineActivity {
+        run.read { state in
+            if state.end != nil { return .ended }
+            return state.wanted == .running ? .running : .paused
+        }
+    }
+
+    /// Lets the vCPUs run; starts their threads the first time. No effect on a machine that has ended.
+    public func resume() {
+        let first = run.update { state in
+            guard state.wanted == .paused else { return false }
+            state.wanted = .running
+            defer { state.started = true }
+            return !state.started
+        }
+        if first {
+            for vcpu in vcpus { startThread(named: "vcpu\(vcpu.number)") { self.drive(vcpu) } }
+        }
+    }
+
+    /// Parks every vCPU with its I/O complete. When it returns, no vCPU and no device touches guest memory. False if
+    /// the machine has ended.
+    @discardableResult
+    public func pause() -> Bool {
+        let started = run.update { state in
+            if state.wanted == .running { state.wanted = .paused }
+            return state.started
+        }
+        if !started { return true }
+        kick()
+        return run.wait { state in
+            if state.end != nil { return false }
+            return state.parked == self.vcpus.count ? true : nil
+        }
+    }
+
+    /// Ends the machine for good. The first reason given stays.
+    public func end(_ reason: MachineEnd) {
+        run.update { state in
+            if state.end == nil { state.end = reason }
+            state.wanted = .ended
+        }
+        kick()
+    }
+
+    /// Waits until the machine has ended and its vCPU threads are gone.
+    public func waitForEnd() -> MachineEnd {
+        run.wait { state in
+            guard let end = state.end else { return nil }
+            return !state.started || state.gone == self.vcpus.count ? end : nil
+        }
+    }
+
+    /// Bytes typed at the serial console.
+    public func type(_ bytes: [UInt8]) { serial.receive(bytes) }
+
+    /// Presses the ACPI power button: a guest that listens switches itself off in good order.
+    public func pressPowerButton() { power.pressPowerButton() }
+
+    /// Gets every vCPU thread out of KVM_RUN, or keeps it from going in.
+    private func kick() {
+        let threads = run.read { $0.threads }
+        // The flag first: a thread between its look at `wanted` and KVM_RUN then comes straight back.
+        for vcpu in vcpus { vcpu.requestExit(true) }
+        for thread in threads { _ = lacuna_pthread_kill(thread, SIGUSR1) }
+    }
+
+    private func drive(_ vcpu: VCPU) {
+        run.update { $0.threads.append(pthread_self()) }
+        while true {
+            // Cleared before the look at what is wanted: a request made after that look sets it again.
+            vcpu.requestExit(false)
+            switch run.read({ $0.wanted }) {
+            case .running: _ = perform(vcpu, vcpu.enter())
+            case .paused:
+                // Pending I/O is completed by entering once more; an exit that this brings up is real work too.
+                vcpu.requestExit(true)
+                while perform(vcpu, vcpu.enter()) {}
+                run.update { $0.parked += 1 }
+                run.wait { $0.wanted == .paused ? nil : () }
+                run.update { $0.parked -= 1 }
+                vcpu.noteClockStopped()
+            case .ended:
+                run.update { state in
+                    state.threads.removeAll { pthread_equal($0, pthread_self()) != 0 }
+                    state.gone += 1
+                }
+                return
+            }
+        }
+    }
+
+    /// Does what an exit asks for. False if it asked for nothing.
+    private func perform(_ vcpu: VCPU, _ exit: VCPUExit) -> Bool {
+        switch exit {
+        case .io(let port, let size, let count, let isWrite):
+            for element in 0..<count { portAccess(port, size: size, isWrite: isWrite, data: vcpu.ioData + element * size) }
+            return true
+        case .mmio(let address, let size, let isWrite):
+            guard address >= Layout.virtioBase else {
+                if !isWrite { vcpu.mmioValue = ~0 }
+                return true
+            }
+            let index = Int((address - Layout.virtioBase) / Layout.virtioStride)
+            let offset = (address - Layout.virtioBase) % Layout.virtioStride
+            if index >= transports.count {
+                if !isWrite { vcpu.mmioValue = ~0 }
+            } else if isWrite {
+                transports[index].write(offset: offset, size: size, value: vcpu.mmioValue)
+            } else {
+                vcpu.mmioValue = transports[index].read(offset: offset, size: size)
+            }
+            return true
+        case .halted, .interrupted: return false
+        case .shutdown: end(.rebooted)
+        case .failed(let reason): end(.failed("vCPU \(vcpu.number): \(reason)"))
+        }
+        return false
+    }
+
+    private func portAccess(_ port: UInt16, size: Int, isWrite: Bool, data: UnsafeMutableRawPointer) {
+        var value: UInt32 = 0
+        if isWrite { memcpy(&value, data, min(size, 4)) }
+        switch port {
+        case Layout.serialPort..<Layout.serialPort + 8:
+            if isWrite { serial.write(port - Layout.serialPort, UInt8(truncatingIfNeeded: value)) }
+            else { value = UInt32(serial.read(port - Layout.serialPort)) }
+        case Layout.powerEvents..<Layout.powerControl + 2:
+            if isWrite {
+                if power.write(port: port, size: size, value: value) != nil { end(.poweredOff) }
+            } else {
+                value = power.read(port: port, size: size)
+            }
+        case Layout.resetPort where isWrite: if UInt8(truncatingIfNeeded: value) == Layout.resetValue { end(.rebooted) }
+        default: if !isWrite { value = ~0 } // nothing there: the bus floats
+        }
+        if !isWrite { memcpy(data, &value, min(size, 4)) }
+    }
+}
+
+/// An edge-triggered interrupt line. The lock keeps two pulses apart: overlapping, they would be one edge.
+private final class EdgeLine: Sendable {
+    private let vm: VirtualMachine
+    private let line: UInt32
+    private let lock = Mutex(())
+    init(vm: VirtualMachine, line: UInt32) {
+        self.vm = vm
+        self.line = line
+    }
+    func raise() {
+        lock.withLock { _ in
+            vm.setLine(line, high: true)
+            vm.setLine(line, high: false)
+        }
+    }
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+internal import CLinux
+import GuestMemory
+import Synchronization
+
+/// A 16550A serial port: the guest's console.
+///
+/// Thread rules: all methods may be called from any thread.
+final class SerialPort: Sendable {
+    private struct State {
+        var interruptEnable: UInt8 = 0
+        var lineControl: UInt8 = 0
+        var modemControl: UInt8 = 0
+        var scratch: UInt8 = 0
+        var fifoControl: UInt8 = 0
+        var divisor: UInt16 = 1
+        var transmitterEmptyPending = false
+        var input: [UInt8] = []
+        var line = false
+    }
+    private let state = Mutex(State())
+    private let setLine: @Sendable (Bool) -> Void
+    private let output: Int32
+    /// Input the guest has not fetched is kept up to here; more is dropped, as on a real line.
+    private let inputLimit = 4096
+
+    /// Writes what the guest sends to the descriptor `output` (negative: nowhere).
+    init(output: Int32, setLine: @escaping @Sendable (Bool) -> Void) {
+        self.output = output
+        self.setLine = setLine
+    }
+
+    /// The interrupt line follows what is pending; only called with the state locked, so that its edges keep their order.
+    private func settle(_ state: inout State) {
+        let high = identification(state) & 1 == 0
+        if high != state.line {
+            state.line = high
+            setLine(high)
+        }
+    }
+
+    /// The interrupt identification register: the highest-priority cause, bit 0 clear while there is one.
+    private func identification(_ state: State) -> UInt8 {
+        let fifo: UInt8 = state.fifoControl & 1 == 1 ? 0xc0 : 0
+        if state.interruptEnable & 1 != 0, !state.input.isEmpty { return fifo | 0x04 }
+        if state.interruptEnable & 2 != 0, state.transmitterEmptyPending { return fifo | 0x02 }
+        return fifo | 0x01
+    }
+
+    func read(_ register: UInt16) -> UInt8 {
+        state.withLock { state in
+            defer { settle(&state) }
+            let divisorAccess = state.lineControl & 0x80 != 0
+            switch register {
+            case 0 where divisorAccess: return UInt8(truncatingIfNeeded: state.divisor)
+            case 0: return state.input.isEmpty ? 0 : state.input.removeFirst()
+            case 1 where divisorAccess: return UInt8(truncatingIfNeeded: state.divisor >> 8)
+            case 1: return state.interruptEnable
+            case 2:
+                let value = identification(state)
+                // Reading it acknowledges "transmitter empty", and no other cause.
+                if value & 0x0f == 0x02 { state.transmitterEmptyPending = false }
+                return value
+            case 3: return state.lineControl
+            case 4: return state.modemControl
+            case 5: return 0x60 | (state.input.isEmpty ? 0 : 1) // transmitter always empty: output is taken at once
+            case 6:
+                // In loop-back mode the modem inputs mirror the outputs; drivers probe for a 16550 that way.
+                let out = state.modemControl
+                if out & 0x10 == 0 { return 0xb0 }
+                return (out & 0x0c) << 4 | (out & 0x02) << 3 | (out & 0x01) << 5
+            default: return state.scratch
+            }
+        }
+    }
+
+    func write(_ register: UInt16, _ value: UInt8) {
+        state.withLock { state in
+            defer { settle(&state) }
+            let divisorAccess = state.lineControl & 0x80 != 0
+            switch register {
+            case 0 where divisorAccess: state.divisor = state.divisor & 0xff00 | UInt16(value)
+            case 0:
+                if state.modemControl & 0x10 != 0 {
+                    if state.input.count < inputLimit { state.input.append(value) }
+                } else {
+                    send(value)
+                }
+                state.transmitterEmptyPending = true
+            case 1 where divisorAccess: state.divisor = state.divisor & 0x00ff | UInt16(value) << 8
+            case 1:
+                if value & 2 != 0 && state.interruptEnable & 2 == 0 { state.transmitterEmptyPending = true }
+                state.interruptEnable = value & 0x0f
+            case 2:
+                if value & 2 != 0 { state.input.removeAll() }
+                state.fifoControl = value & 0xc9
+            case 3: state.lineControl = value
+            case 4: state.modemControl = value & 0x1f
+            case 7: state.scratch = value
+            default: break
+            }
+        }
+    }
+
+    private func send(_ byte: UInt8) {
+        if output < 0 { return }
+        var byte = byte
+        // A console nobody can write to must not stop the guest: other errors than EINTR drop the byte.
+        while CLinux.write(output, &byte, 1) < 0, lacuna_errno() == EINTR {}
+    }
+
+    /// Bytes typed at the console.
+    func receive(_ bytes: some Sequence<UInt8>) {
+        state.withLock { state in
+            for byte in bytes where state.input.count < inputLimit { state.input.append(byte) }
+            settle(&state)
+        }
+    }
+
+    func save(into encoder: inout StateEncoder) {
+        state.withLock { state in
+            encoder.put(state.interruptEnable)
+            encoder.put(state.lineControl)
+            encoder.put(state.modemControl)
+            encoder.put(state.scratch)
+            encoder.put(state.fifoControl)
+            encoder.put(state.divisor)
+            encoder.put(state.transmitterEmptyPending)
+            encoder.put(state.line)
+            encoder.put(state.input)
+        }
+    }
+
+    func restore(from decoder: inout StateDecoder) throws(StateError) {
+        var new = State()
+        new.interruptEnable = try decoder.take()
+        new.lineControl = try decoder.take()
+        new.modemControl = try decoder.take()
+        new.scratch = try decoder.take()
+        new.fifoControl = try decoder.take()
+        new.divisor = try decoder.take()
+        new.transmitterEmptyPending = try decoder.takeBool()
+        // The level itself is in the interrupt controllers' state.
+        new.line = try decoder.takeBool()
+        new.input = try decoder.takeBlob(limit: inputLimit)
+        guard new.interruptEnable & 0xf0 == 0, new.modemControl & 0xe0 == 0 else {
+            throw StateError("the serial port has reserved bits set")
+        }
+        let checked = new
+        state.withLock { $0 = checked }
+    }
+}

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+
+/// What the operator chose for one migration.
+public struct MigrationOptions: Sendable, Codable, Equatable {
+    /// Ask the guest for its free pages and leave them out.
+    public var skipFreePages = false
+    /// The guest may be stopped when the rest is expected to be sent within this time.
+    public var downtimeLimitMilliseconds = 300
+    /// How long each round waits for the guest's report.
+    public var hintTimeoutMilliseconds = 200
+    /// Below this many dirty pages a later round does not ask: sending them is quicker.
+    public var hintMinimumPages = 256
+    /// After so many rounds the guest is stopped, however much is left. At least 1.
+    public var maxRounds = 30
+    /// Bytes per second on the wire before the guest is stopped; 0: no limit. Values from 1 to 65535 count as 65536.
+    public var bandwidthLimit = 0
+    /// How long the destination may keep silent or take nothing.
+    public var idleTimeoutMilliseconds = 60_000
+    /// How long to wait for the acknowledgement of the commit.
+    public var commitTimeoutMilliseconds = 10_000
+    public init() {}
+}
+
+/// How a migration's source ended, where it did not throw.
+public enum MigrationOutcome: String, Codable, Sendable {
+    /// The destination has the guest.
+    case completed
+    /// The destination was told to take the guest and nobody knows whether it did. The guest is paused here.
+    case unknown
+}
+
+/// One round of a migration.
+public struct MigrationRound: Codable, Sendable, Equatable {
+    /// From 1.
+    public var number: Int
+    /// Pages the trackers saw written since the round before. In the first round 0: all of RAM is to be sent.
+    public var dirtied = 0
+    /// The guest was asked for its free pages.
+    public var asked = false
+    /// It answered in time.
+    public var answered = false
+    /// Free pages in its report.
+    public var found = 0
+    /// Pages that were to be sent and were left out.
+    public var skipped = 0
+    /// Of these, pages sent in an earlier round, which the destination was told to drop.
+    public var discarded = 0
+    /// Pages sent with their bytes.
+    public var sent = 0
+    /// Pages sent as a zero mark.
+    public var zero = 0
+    /// Bytes on the wire.
+    public var bytes: UInt64 = 0
+    public var milliseconds = 0.0
+    /// From the request to the whole report, or to giving up.
+    public var hintLatencyMilliseconds = 0.0
+    /// The driver's own figures.
+    public var figures: HintFigures?
+    /// The guest was stopped.
+    public var stopped = false
+    init(number: Int) { self.number = number }
+}
+
+/// The time the guest stood still, in milliseconds, and what it was spent on.
+public struct DowntimeParts: Codable, Sendable, Equatable {
+    public var pause = 0.0
+    /// Collecting the dirty pages, twice, and saving the state between.
+    public var collectAndSave = 0.0
+    /// Sending the rest of memory.
+    public var memory = 0.0
+    /// Sending the state, and the destination's loading of it.
+    public var state = 0.0
+    /// From the commit to its acknowledgement.
+    public var commit = 0.0
+}
+
+/// What a migration did, as its source saw it. Times are in milliseconds.
+public struct MigrationReport: Codable, Sendable, Equatable {
+    public var outcome = MigrationOutcome.completed
+    /// Why the outcome is unknown.
+    public var outcomeReason: String?
+    public var ramPages = 0
+    /// Pages in the first report.
+    public var freePages = 0
+    /// Bytes sent by the source.
+    public var bytes: UInt64 = 0
+    public var pagesSent = 0
+    public var zeroPages = 0
+    public var skippedPages = 0
+    public var discardedPages = 0
+    /// What answered the requests; nil without hints.
+    public var hintMethod: String?
+    /// Why there were no hints, or no more, although they were wanted.
+    public var hintRefusal: String?
+    /// Reports that came too late to be used.
+    public var lateReports = 0
+    /// Free pages in those reports.
+    public var droppedPages = 0
+    public var rounds: [MigrationRound] = []
+    public var stateBytes = 0
+    public var totalMilliseconds = 0.0
+    public var downtimeMilliseconds = 0.0
+    public var downtime = DowntimeParts()
+    public init() {}
+}
+
+/// Where a migration stands.
+public struct MigrationProgress: Codable, Sendable, Equatable {
+    public enum Phase: String, Codable, Sendable { case connecting, rounds, stopped, state, commit, done }
+    public var phase: Phase
+    /// From 1; 0 before the first.
+    public var round: Int
+    public var ramPages: Int
+    /// Pages still to be sent in this round.
+    public var remainingPages: Int
+    public var bytes: UInt64
+    public var pagesSent: Int
+    public var zeroPages: Int
+    public var skippedPages: Int
+    /// Bytes per second while sending; 0 as long as it is not known.
+    public var bytesPerSecond: Double
+    public var milliseconds: Double
+}
+
+/// What the destination received.
+public struct ReceiveReport: Codable, Sendable, Equatable {
+    public var rounds = 0
+    public var pages = 0
+    public var zeroPages = 0
+    public var discardMarks = 0
+    public var bytes: UInt64 = 0
+    public var totalMilliseconds = 0.0
+    /// False: the guest runs here, but the source may not know it and keeps its copy paused.
+    public var acknowledged = false
+    public init() {}
+}

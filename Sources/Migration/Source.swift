@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: Apache-2.0
+internal import Synchronization
+
+/// The source of one migration: sends a running guest to a `MigrationReceiver`.
+///
+/// Exactly one side runs the guest. Until the commit was handed to the connection every failure ends with the guest
+/// running here again, and an error. Afterwards it runs here only if the destination itself says that it dropped it;
+/// where nothing at all is heard the guest stays paused and the report's outcome is `unknown`.
+///
+/// Thread rules: `run` blocks the caller's thread and is called once; `cancel()` may be called from any thread.
+public final class MigrationSource: Sendable {
+    private enum Stage: Equatable { case open, cancelled, committing }
+
+    private let guest: any OutgoingGuest
+    private let trackers: [any DirtyTracker]
+    private let hinter: (any FreePageHinter)?
+    private let options: MigrationOptions
+    private let progress: (@Sendable (MigrationProgress) -> Void)?
+    private let state = Mutex<(stage: Stage, channel: ByteChannel?)>((.open, nil))
+
+    /// `trackers` are those of all writers but the VMM itself, whose own log is always added (rule W3). `progress` is
+    /// called on `run`'s thread, about every 200 ms and after each round.
+    public init(
+        guest: any OutgoingGuest, trackers: [any DirtyTracker], hinter: (any FreePageHinter)? = nil,
+        options: MigrationOptions = MigrationOptions(), progress: (@Sendable (MigrationProgress) -> Void)? = nil
+    ) {
+        self.guest = guest
+        self.trackers = trackers
+        self.hinter = hinter
+        self.options = options
+        self.progress = progress
+    }
+
+    /// Calls the migration off, if the destination was not told to take the guest yet; tells whether it was in time.
+    /// `run` then throws `cancelled`, with the guest running here.
+    @discardableResult public func cancel() -> Bool {
+        state.withLock {
+            guard $0.stage != .committing else { return false }
+            $0.stage = .cancelled
+            $0.channel?.interrupt()
+            return true
+        }
+    }
+
+    /// Migrates. Throws with the guest running here (but see `MigrationError.notResumed`); returns with the guest
+    /// paused here for good, or with the outcome `unknown`.
+    public func run(over channel: ByteChannel) throws(MigrationError) -> MigrationReport {
+        let run = SourceRun(
+            guest: guest, trackers: trackers, hinter: hinter, options: options, channel: channel, progress: progress)
+        do throws(MigrationError) {
+            let isCancelled = state.withLock {
+                $0.channel = channel
+                return $0.stage == .cancelled
+            }
+            if isCancelled { throw .cancelled }
+            try run.transfer()
+            // From here on `cancel()` says no: the commit may not be interrupted half-way.
+            let isCommitting = state.withLock {
+                if $0.stage == .cancelled { return false }
+                $0.stage = .committing
+                return true
+            }
+            guard isCommitting else { throw .cancelled }
+            try run.commit()
+        } catch {
+            state.withLock { $0.channel = nil }
+            channel.clearInterrupt()
+            throw run.giveUp(error)
+        }
+        state.withLock { $0.channel = nil }
+        channel.shutdown()
+        return run.finishedReport()
+    }
+}
+
+/// One migration being sent; lives on one thread.
+final class SourceRun {
+    private static let progressNanoseconds: UInt64 = 200_000_000
+    /// So many requests in a row without an answer, and the guest is not asked any more.
+    private static let patience = 3
+
+    private let guest: any OutgoingGuest
+    private let trackers: [any DirtyTracker]
+    private let hinter: (any FreePageHinter)?
+    private let options: MigrationOptions
+    private let channel: ByteChannel
+    private let reader: FrameReader
+    private let bitmap: MigrationBitmap
+    private let pageSender: PageSender
+    private var writer: FrameWriter { pageSender.writer }
+    private let progress: (@Sendable (MigrationProgress) -> Void)?
+    private var report = MigrationReport()
+    private var round = MigrationRound(number: 0)
+    private var phase = MigrationProgress.Phase.connecting
+    private let started = monotonicNanoseconds()
+    private var lastProgress: UInt64 = 0
+    private let firstByte: UInt64
+    private var isPaused = false
+    private var pausedAt: UInt64 = 0
+    private var hasAsked = false
+    private var unanswered = 0
+
+    init(
+        guest: any OutgoingGuest, trackers: [any DirtyTracker], hinter: (any FreePageHinter)?, options: MigrationOptions,
+        channel: ByteChannel, progress: (@Sendable (MigrationProgress) -> Void)?
+    ) {
+        self.guest = guest
+        self.trackers = trackers
+        self.hinter = hinter
+        self.options = options
+        self.channel = channel
+        self.progress = progress
+        reader = FrameReader(channel)
+        bitmap = MigrationBitmap(guest.memory)
+        pageSender = PageSender(
+            memory: guest.memory, bitmap: bitmap,
+            writer: FrameWriter(channel, idleMilliseconds: options.idleTimeoutMilliseconds), channel: channel,
+            bytesPerSecond: options.bandwidthLimit)
+        firstByte = channel.bytesSent
+        report.ramPages = guest.memory.ramPages
+    }
+
+    // MARK: The phases
+
+    /// Everything up to the point where the destination could run the guest. Tracking ends with it.
+    func transfer() throws(MigrationError) {
+        let description = guest.machineDescription
+        guard description.count <= StreamLimits.descriptionBytes else {
+            throw .machineFailed(
+                doing: "describing the machine", why: "it takes more than \(StreamLimits.descriptionBytes) bytes")
+        }
+        showProgress()
+        try writer.send(.hello, payload: description)
+        try expect(.ready, options.idleTimeoutMilliseconds)
+
+        let tracking = try ArmedTracking(arming: trackers, of: guest.memory)
+        bitmap.markAll()
+        if options.skipFreePages, hinter == nil { report.hintRefusal = "this machine has nothing to ask the guest with" }
+        let dirtied = try sendRounds(tracking)
+        // The guest need not work for us while it is being stopped (W8).
+        if hasAsked { hinter?.stop() }
+        hasAsked = false
+        try stopAndSendRest(tracking, dirtiedBefore: dirtied)
+    }
+
+    /// Rounds with the guest running, until the rest is small. Returns the pages seen dirty since the last round.
+    private func sendRounds(_ tracking: borrowing ArmedTracking) throws(MigrationError) -> Int {
+        phase = .rounds
+        let last = max(1, min(options.maxRounds, StreamLimits.rounds - 1))
+        var number = 1
+        while true {
+            round = MigrationRound(number: number)
+            let start = monotonicNanoseconds()
+            // Not before the first round: every bit is set, and a merge could not add to that.
+            if number > 1 {
+                round.dirtied = try bitmap.merge(tracking)
+                if isRestSmall || number > last { return round.dirtied }
+            }
+            try hint(tracking)
+            try sendRound(since: start)
+            number += 1
+        }
+    }
+
+    /// True if what is left can be expected to be sent within the downtime limit.
+    private var isRestSmall: Bool {
+        let seconds = Double(bitmap.dirtyCount * 4096) / pageSender.bytesPerSecond
+        return seconds * 1000 <= Double(options.downtimeLimitMilliseconds)
+    }
+
+    /// Sends what the bitmap holds, and the round's end.
+    private func sendRound(since start: UInt64) throws(MigrationError) {
+        let before = channel.bytesSent
+        while let run = bitmap.takeRun(limit: 1024) {
+            try pageSender.send(run, &round)
+            try keepUp()
+        }
+        try pageSender.finishRound(round.number, &round)
+        try keepUp()
+        round.bytes &+= channel.bytesSent &- before
+        round.milliseconds = milliseconds(since: start)
+        finish(round)
+        showProgress()
+    }
+
+    /// Stops the guest and sends everything else.
+    private func stopAndSendRest(_ tracking: borrowing ArmedTracking, dirtiedBefore: Int) throws(MigrationError) {
+        phase = .stopped
+        pausedAt = monotonicNanoseconds()
+        // Before the call: a pause that fails half-way has to be taken back as well.
+        isPaused = true
+        do { try guest.pause() } catch { throw .machineFailed(doing: "pausing the guest", why: error.what) }
+        var mark = monotonicNanoseconds()
+        func lap() -> Double {
+            defer { mark = monotonicNanoseconds() }
+            return milliseconds(since: mark)
+        }
+        report.downtime.pause = milliseconds(since: pausedAt)
+        round = MigrationRound(number: report.rounds.count + 1)
+        round.stopped = true
+        round.dirtied = dirtiedBefore + (try bitmap.merge(tracking))
+        let sections: [StateSection]
+        do { sections = try guest.saveState() } catch { throw .machineFailed(doing: "saving the state", why: error.what) }
+        // Saving may write guest memory (rings brought up to date): those pages too.
+        round.dirtied += try bitmap.merge(tracking)
+        report.downtime.collectAndSave = lap()
+        pageSender.isThrottled = false
+        try sendRound(since: mark)  // W8: the stopped round never waits for the guest
+        report.downtime.memory = lap()
+        phase = .state
+        try send(sections)
+        try expect(.loaded, options.idleTimeoutMilliseconds)
+        report.downtime.state = lap()
+    }
+
+    private func send(_ sections: [StateSection]) throws(MigrationError) {
+        guard sections.count <= StreamLimits.sections else {
+            throw .machineFailed(doing: "saving the state", why: "there are \(sections.count) sections")
+        }
+        for section in sections {
+            let name = Array(section.name.utf8)
+            report.stateBytes += name.count + section.bytes.count
+            guard name.count >= 1, name.count <= StreamLimits.sectionNameBytes,
+                section.bytes.count <= StreamLimits.sectionBytes, report.stateBytes <= StreamLimits.stateBytes
+            else { throw .machineFailed(doing: "saving the state", why: "section '\(section.name)' is too large") }
+            try writer.send(.state, count: UInt32(name.count), payload: name + section.bytes)
+        }
+        try writer.send(.stateEnd, count: UInt32(sections.count))
+    }
+
+    /// Gives the guest away. Throws only if the destination certainly does not have it.
+    func commit() throws(MigrationError) {
+        phase = .commit
+        showProgress()
+        let (start, before) = (monotonicNanoseconds(), channel.bytesSent)
+        do {
+            try writer.send(.commit)
+        } catch {
+            // Part of a commit is no commit, and what the kernel did not take never reaches the destination.
+            if channel.bytesSent &- before < UInt64(FrameHeader.size) { throw error }
+        }
+        let answer: (type: FrameType, text: String)
+        do {
+            answer = try readAnswer(options.commitTimeoutMilliseconds)
+        } catch {
+            return outcomeIsUnknown(error.description)
+        }
+        switch answer.type {
+        case .committed:
+            report.downtime.commit = milliseconds(since: start)
+            report.downtimeMilliseconds = milliseconds(since: pausedAt)
+        // A destination says so only after it dropped the guest, and never once it took the commit.
+        case .failure: throw .peerFailed(answer.text)
+        default: outcomeIsUnknown("the destination answered the commit with a \(answer.type) frame")
+        }
+    }
+
+    private func outcomeIsUnknown(_ why: String) {
+        report.outcome = .unknown
+        report.outcomeReason =
+            "the destination was told to take the guest and did not say whether it did (\(why)); look there, and resume "
+            + "the guest here only if it does not run there"
+    }
+
+    /// Takes the migration back; returns the error for the caller.
+    func giveUp(_ cause: MigrationError) -> MigrationError {
+        if hasAsked { hinter?.stop() }
+        var failure = cause
+        if isPaused {
+            do {
+                try guest.resume()
+            } catch let trouble {
+                failure = .notResumed(cause: cause.description, why: trouble.what)
+            }
+        }
+        let lastWordMilliseconds = 500
+        if cause == .cancelled {
+            writer.sendLast(.cancel, idleMilliseconds: lastWordMilliseconds)
+        } else if cause.isConnectionLoss {
+            // The destination may have said why before it went.
+            if failure == cause, let answer = try? readAnswer(lastWordMilliseconds), answer.type == .failure {
+                failure = .peerFailed(answer.text)
+            }
+        } else {
+            writer.sendLast(.failure, text: cause.description, idleMilliseconds: lastWordMilliseconds)
+        }
+        channel.shutdown()
+        return failure
+    }
+
+    // MARK: Hints
+
+    /// Asks for the free pages, waits within bounds, and masks them. Whatever goes wrong only costs bytes.
+    private func hint(_ tracking: borrowing ArmedTracking) throws(MigrationError) {
+        let isDue = options.skipFreePages && isWorthAsking  // W7: in every round, under the same rules
+        guard isDue, let hinter, unanswered < SourceRun.patience else { return }
+        if let refusal = hinter.refusal {
+            report.hintRefusal = report.hintRefusal ?? refusal
+            return
+        }
+        report.hintMethod = hinter.method
+        let start = monotonicNanoseconds()
+        let window: HintWindow
+        do {
+            window = try bitmap.ask(hinter, tracking: tracking)
+        } catch {
+            report.hintRefusal = report.hintRefusal ?? error.what
+            return
+        }
+        (round.asked, hasAsked) = (true, true)
+        let answer = hinter.wait(for: window.request, milliseconds: options.hintTimeoutMilliseconds)
+        round.hintLatencyMilliseconds = milliseconds(since: start)
+        guard let answer else {
+            unanswered += 1
+            hinter.stop()
+            if unanswered == SourceRun.patience {
+                report.hintRefusal = "the guest left \(unanswered) requests in a row unanswered"
+            }
+            return
+        }
+        unanswered = 0
+        let masked = bitmap.mask(answer, window)
+        guard masked.isAccepted else { return }
+        round.answered = true
+        round.found = answer.pages.population
+        round.skipped = masked.skipped
+        round.figures = answer.figures
+        if !report.rounds.contains(where: \.answered) { report.freePages = round.found }
+        if let stale = masked.stale {
+            let before = channel.bytesSent
+            try pageSender.discard(stale, &round)  // W6: the destination must not keep an older copy
+            round.bytes &+= channel.bytesSent &- before
+        }
+    }
+
+    private var isWorthAsking: Bool { bitmap.dirtyCount >= options.hintMinimumPages }
+
+    // MARK: The destination's words
+
+    /// Reads one frame from the destination, which is as hostile as any peer.
+    private func readAnswer(_ idle: Int) throws(MigrationError) -> (type: FrameType, text: String) {
+        let header = try reader.header(idleMilliseconds: idle)
+        let mayHaveText = header.type == .refused || header.type == .failure
+        guard header.count == 0, header.address == 0,
+            Int(header.payloadBytes) <= (mayHaveText ? StreamLimits.textBytes : 0)
+        else { throw .badStream("a \(header.type) frame from the destination has numbers it may not have") }
+        return (header.type, printable(try reader.payload(of: header, idleMilliseconds: idle)))
+    }
+
+    private func expect(_ type: FrameType, _ idle: Int) throws(MigrationError) {
+        let answer = try readAnswer(idle)
+        switch answer.type {
+        case type: return
+        case .refused where type == .ready: throw .refused(answer.text)
+        case .failure: throw .peerFailed(answer.text)
+        default: throw .badStream("the destination sent a \(answer.type) frame instead of \(type)")
+        }
+    }
+
+    /// Between batches: hears a destination that gave up, and reports progress.
+    private func keepUp() throws(MigrationError) {
+        guard pageSender.takeFlushed() else { return }
+        if reader.hasInput {
+            let answer = try readAnswer(options.idleTimeoutMilliseconds)
+            guard answer.type == .failure else {
+                throw .badStream("the destination sent a \(answer.type) frame while memory was being sent")
+            }
+            throw .peerFailed(answer.text)
+        }
+        if monotonicNanoseconds() &- lastProgress >= SourceRun.progressNanoseconds { showProgress() }
+    }
+
+    // MARK: Figures
+
+    private func finish(_ round: MigrationRound) {
+        report.rounds.append(round)
+        report.pagesSent += round.sent
+        report.zeroPages += round.zero
+        report.skippedPages += round.skipped
+        report.discardedPages += round.discarded
+        self.round = MigrationRound(number: round.number)
+    }
+
+    func finishedReport() -> MigrationReport {
+        report.bytes = channel.bytesSent &- firstByte
+        report.lateReports = bitmap.lateReports
+        report.droppedPages = bitmap.droppedPages
+        report.totalMilliseconds = milliseconds(since: started)
+        phase = .done
+        showProgress()
+        return report
+    }
+
+    private func showProgress() {
+        guard let progress else { return }
+        lastProgress = monotonicNanoseconds()
+        progress(
+            MigrationProgress(
+                phase: phase, round: round.number, ramPages: report.ramPages, remainingPages: bitmap.dirtyCount,
+                bytes: channel.bytesSent &- firstByte, pagesSent: report.pagesSent + round.sent,
+                zeroPages: report.zeroPages + round.zero, skippedPages: report.skippedPages + round.skipped,
+                bytesPerSecond: pageSender.measuredBytesPerSecond, milliseconds: milliseconds(since: started)))
+    }
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+package import GuestMemory
+
+/// The receiver's view of what may come next, and how large it may be. Pure: it looks at headers and memory layout only,
+/// so that every order and every number can be tried without a channel.
+package struct StreamOrder: Sendable {
+    package enum Phase: Equatable, Sendable {
+        /// Nothing has come.
+        case hello
+        /// Between rounds, or within one.
+        case memory
+        /// State sections come.
+        case state
+        /// All came; only the source's decision is missing.
+        case decision
+        /// The guest belongs to this side; nothing may come.
+        case committed
+        /// The source called it off.
+        case ended
+    }
+
+    package private(set) var phase = Phase.hello
+    /// Rounds completed.
+    package private(set) var rounds = 0
+    /// Pages that the round under way has named so far. A round names a page once at most, which also bounds what a
+    /// round can cost this side.
+    private var pagesInRound = 0
+    /// True if frames about memory came since the last round's end.
+    private var roundIsOpen = false
+    private var sections = 0
+    private var stateBytes = 0
+
+    package init() {}
+
+    /// Checks one header against everything that came before; `memory` is nil until the hello was accepted. Throws
+    /// `badStream`.
+    package mutating func accept(_ header: FrameHeader, memory: GuestMemory?) throws(MigrationError) {
+        switch (phase, header.type) {
+        case (.hello, .hello):
+            try check(header, payload: 0...StreamLimits.descriptionBytes)
+            phase = .memory
+        case (.memory, .pages), (.memory, .zero), (.memory, .discard):
+            guard let memory, let pages = header.pages(in: memory) else {
+                throw .badStream(
+                    "a \(header.type) frame names \(header.count) pages at \(GuestAddress(header.address)), which are "
+                        + "not all RAM")
+            }
+            var payload = 0
+            if header.type == .pages {
+                guard pages.count <= StreamLimits.pagesInFrame else {
+                    throw .badStream("a pages frame holds \(pages.count) pages, more than \(StreamLimits.pagesInFrame)")
+                }
+                payload = pages.count * pageSize
+            }
+            guard Int(header.payloadBytes) == payload, header.payloadChecksum == 0 else {
+                throw .badStream("a \(header.type) frame of \(pages.count) pages has \(header.payloadBytes) bytes")
+            }
+            // Cannot overflow: both are at most the machine's pages.
+            pagesInRound += pages.count
+            guard pagesInRound <= memory.ramPages else {
+                throw .badStream("round \(rounds + 1) names more pages than the machine has")
+            }
+            roundIsOpen = true
+        case (.memory, .roundEnd):
+            try check(header, count: rounds + 1)
+            guard rounds < StreamLimits.rounds else { throw .badStream("more than \(rounds) rounds") }
+            rounds += 1
+            (pagesInRound, roundIsOpen) = (0, false)
+        case (.memory, .state) where rounds > 0 && !roundIsOpen, (.state, .state):
+            try acceptState(header)
+            phase = .state
+        case (.memory, .stateEnd) where rounds > 0 && !roundIsOpen, (.state, .stateEnd):
+            try check(header, count: sections)
+            phase = .decision
+        case (.decision, .commit):
+            try check(header)
+            phase = .committed
+        case (.hello, .cancel), (.memory, .cancel), (.state, .cancel), (.decision, .cancel):
+            try check(header)
+            phase = .ended
+        case (.hello, .failure), (.memory, .failure), (.state, .failure), (.decision, .failure):
+            try check(header, payload: 0...StreamLimits.textBytes)
+            phase = .ended
+        default:
+            throw .badStream("a \(header.type) frame came in the \(phase) phase\(roundIsOpen ? ", within a round" : "")")
+        }
+    }
+
+    private mutating func acceptState(_ header: FrameHeader) throws(MigrationError) {
+        let name = Int(header.count), bytes = Int(header.payloadBytes)
+        guard header.address == 0, name >= 1, name <= StreamLimits.sectionNameBytes, name <= bytes else {
+            throw .badStream("a state section's name has \(name) bytes")
+        }
+        guard bytes - name <= StreamLimits.sectionBytes else {
+            throw .badStream("a state section has \(bytes - name) bytes, more than \(StreamLimits.sectionBytes)")
+        }
+        sections += 1
+        stateBytes += bytes
+        guard sections <= StreamLimits.sections, stateBytes <= StreamLimits.stateBytes else {
+            throw .badStream("\(sections) state sections of \(stateBytes) bytes are more than allowed")
+        }
+    }
+
+    private func check(
+        _ header: FrameHeader, count: Int = 0, payload: ClosedRange<Int> = 0...0
+    ) throws(MigrationError) {
+        guard Int(header.count) == count, header.address == 0, payload.contains(Int(header.payloadBytes)),
+            header.payloadBytes > 0 || header.payloadChecksum == 0
+        else {
+            throw .badStream(
+                "a \(header.type) frame with count \(header.count) (not \(count)), address "
+                    + "\(GuestAddress(header.address)) and \(header.payloadBytes) bytes")
+        }
+    }
+}

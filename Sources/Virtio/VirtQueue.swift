@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+public import GuestMemory
+internal import Synchronization
+
+/// All there is to know of a split virtqueue besides guest memory: plain data from a driver's registers or from a saved
+/// state, and not to be trusted. `VirtQueue.init` is the one place that checks it.
+public struct VirtQueueState: Sendable, Equatable {
+    /// Descriptors.
+    public var size: UInt32
+    public var descriptors: GuestAddress
+    /// The driver area: the available ring.
+    public var available: GuestAddress
+    /// The device area: the used ring.
+    public var used: GuestAddress
+    /// The next entry of the available ring to take, modulo 2^16.
+    public var nextAvailable: UInt16
+    /// The next entry of the used ring to fill, modulo 2^16.
+    public var nextUsed: UInt16
+
+    public init(
+        size: UInt32, descriptors: GuestAddress, available: GuestAddress, used: GuestAddress,
+        nextAvailable: UInt16 = 0, nextUsed: UInt16 = 0
+    ) {
+        self.size = size
+        self.descriptors = descriptors
+        self.available = available
+        self.used = used
+        self.nextAvailable = nextAvailable
+        self.nextUsed = nextUsed
+    }
+
+    /// Takes what `encode` wrote. Nothing is checked but that the bytes are there.
+    public init(from decoder: inout StateDecoder) throws(StateError) {
+        size = try decoder.take()
+        descriptors = GuestAddress(try decoder.take(UInt64.self))
+        available = GuestAddress(try decoder.take(UInt64.self))
+        used = GuestAddress(try decoder.take(UInt64.self))
+        nextAvailable = try decoder.take()
+        nextUsed = try decoder.take()
+    }
+
+    public func encode(into encoder: inout StateEncoder) {
+        encoder.put(size)
+        encoder.put(descriptors.rawValue)
+        encoder.put(available.rawValue)
+        encoder.put(used.rawValue)
+        encoder.put(nextAvailable)
+        encoder.put(nextUsed)
+    }
+}
+
+/// The device's side of a split virtqueue (virtio 1.3, section 2.7).
+///
+/// Everything in the rings is the guest's to change at any moment. Each descriptor is copied once and checked before
+/// anything is done with it; a chain that breaks the rules is an error that says which, and the queue stays broken.
+///
+/// Thread rules: every method may be called from any thread; a lock inside makes them one at a time.
+public final class VirtQueue: Sendable {
+    /// The most descriptors of one indirect table. A driver must not make chains longer than the queue (section
+    /// 2.7.5.3.1) yet Linux does; no driver in use goes beyond this.
+    public static let maximumIndirectEntries: UInt32 = 1024
+    /// The most bytes of one chain (section 2.7.5).
+    public static let maximumChainBytes: UInt64 = 1 << 32
+
+    private struct Progress {
+        var nextAvailable: UInt16
+        var nextUsed: UInt16
+        var failure: VirtQueueError?
+        var isEnabled = true
+    }
+
+    /// A descriptor as it lies in the table (section 2.7.5).
+    private struct Descriptor: BitwiseCopyable {
+        var address: UInt64 = 0
+        var length: UInt32 = 0
+        var flags: UInt16 = 0
+        var next: UInt16 = 0
+
+        static let next: UInt16 = 1
+        static let write: UInt16 = 2
+        static let indirect: UInt16 = 4
+        static let bytes = 16
+    }
+
+    /// Descriptors: a power of two.
+    public let size: UInt16
+    private let memory: GuestMemory
+    private let descriptors: GuestAddress
+    private let available: GuestAddress
+    private let used: GuestAddress
+    private let allowsIndirect: Bool
+    private let progress: Mutex<Progress>
+
+    /// The one checked way to a live queue, for a new one and for one from a saved state.
+    ///
+    /// - Parameter maximumSize: the device's limit for this queue.
+    /// - Parameter allowsIndirect: whether `VIRTIO_F_INDIRECT_DESC` was negotiated.
+    public init(
+        memory: GuestMemory, state: VirtQueueState, maximumSize: UInt16, allowsIndirect: Bool
+    ) throws(VirtQueueError) {
+        guard state.size > 0, state.size <= UInt32(maximumSize), state.size <= 1 << 15,
+            state.size & (state.size - 1) == 0
+        else { throw .badSize(state.size, maximum: maximumSize) }
+        let size = UInt16(state.size), count = Int(size)
+        // Section 2.7: alignment and bytes of each part; the rings are counted with their event field.
+        let parts: [(VirtQueueError.Part, GuestAddress, alignment: UInt64, bytes: Int)] = [
+            (.descriptors, state.descriptors, 16, 16 * count), (.available, state.available, 2, 6 + 2 * count),
+            (.used, state.used, 4, 6 + 8 * count),
+        ]
+        for (part, address, alignment, bytes) in parts {
+            guard address.rawValue % alignment == 0 else { throw .misaligned(part, address) }
+            guard memory.isRAM(address, bytes: bytes) else { throw .notRAM(part, address) }
+        }
+        guard state.nextAvailable &- state.nextUsed <= size else {
+            throw .badCounters(nextAvailable: state.nextAvailable, nextUsed: state.nextUsed)
+        }
+        self.size = size
+        self.memory = memory
+        self.allowsIndirect = allowsIndirect
+        descriptors = state.descriptors
+        available = state.available
+        used = state.used
+        progress = Mutex(Progress(nextAvailable: state.nextAvailable, nextUsed: state.nextUsed))
+    }
+
+    /// What to save.
+    public var state: VirtQueueState {
+        let (nextAvailable, nextUsed) = progress.withLock { ($0.nextAvailable, $0.nextUsed) }
+        return VirtQueueState(
+            size: UInt32(size), descriptors: descriptors, available: available, used: used,
+            nextAvailable: nextAvailable, nextUsed: nextUsed)
+    }
+
+    /// Ends all access to guest memory: `popChain` finds nothing and `push` does nothing from here on. For transports,
+    /// when the driver resets the device or the queue.
+    public func disable() { progress.withLock { $0.isEnabled = false } }
+
+    /// The next chain the driver made available, or nil if there is none. After an error every call throws the same.
+    public func popChain() throws(VirtQueueError) -> DescriptorChain? {
+        try progress.withLock { (progress) throws(VirtQueueError) -> DescriptorChain? in
+            if let failure = progress.failure { throw failure }
+            guard progress.isEnabled else { return nil }
+            do throws(VirtQueueError) {
+                guard let head = try nextHead(progress) else { return nil }
+                let chain = try walk(head: head)
+                progress.nextAvailable &+= 1
+                return chain
+            } catch {
+                progress.failure = error
+                throw error
+            }
+        }
+    }
+
+    /// Gives a chain back, with the number of bytes written to it.
+    public func push(head: UInt16, written: UInt32) {
+        progress.withLock { progress in
+            guard progress.isEnabled else { return }
+            let slot = UInt64(progress.nextUsed & (size &- 1))
+            // Cannot wrap or fail: `init` checked the whole ring.
+            let entry = GuestAddress(used.rawValue &+ 4 &+ 8 &* slot)
+            try? memory.store(UInt64(head) | UInt64(written) << 32, at: entry)
+            progress.nextUsed &+= 1
+            // Release: whoever sees the index also sees the entry and the buffer's bytes.
+            try? memory.storeRelease16(progress.nextUsed, at: GuestAddress(used.rawValue &+ 2))
+        }
+    }
+
+    /// Whether the driver wants to be told of used buffers: to be asked after `push`.
+    public var wantsInterrupt: Bool {
+        guard progress.withLock({ $0.isEnabled }) else { return false }
+        // The index of the used ring must be visible before the flags are read: the driver allows interrupts first and
+        // then looks at the index, so that one of the two always sees the other (section 2.7.7.2).
+        memory.fence()
+        let flags = try? memory.load(available, as: UInt16.self)
+        return (flags ?? 0) & 1 == 0
+    }
+
+    /// The head of the next chain, read from the available ring.
+    private func nextHead(_ progress: Progress) throws(VirtQueueError) -> UInt16? {
+        var head: UInt16 = 0, index: UInt16
+        do throws(GuestMemoryError) {
+            // Acquire: the entry and the descriptors are read after the index that makes them ours.
+            index = try memory.loadAcquire16(GuestAddress(available.rawValue &+ 2))
+            if index == progress.nextAvailable { return nil }
+            // Within the ring whatever the index says; it is not used before that was checked.
+            let slot = UInt64(progress.nextAvailable & (size &- 1))
+            try memory.copyOut(GuestAddress(available.rawValue &+ 4 &+ 2 &* slot), into: &head)
+        } catch { throw .notRAM(.available, available) }
+        // Indices run modulo 2^16; a driver has at most `size` chains in the queue.
+        guard index &- progress.nextAvailable <= size else {
+            throw .availableIndexJumped(from: progress.nextAvailable, to: index)
+        }
+        guard head < size else { throw .headOutOfRange(head) }
+        return head
+    }
+
+    /// Copies and checks every descriptor of a chain.
+    private func walk(head: UInt16) throws(VirtQueueError) -> DescriptorChain {
+        var readable: [GuestSegment] = [], writable: [GuestSegment] = []
+        var total: UInt64 = 0
+        var table = descriptors, entries = UInt32(size), index = head
+        var isIndirect = false
+        // Bounds the walk: a chain through a table without a loop has at most as many descriptors as the table.
+        var visits: UInt32 = 0
+        while true {
+            guard visits < entries else { throw .loop(head: head) }
+            visits += 1
+            let descriptor = try load(table, index, isIndirect: isIndirect, head: head)
+
+            if descriptor.flags & Descriptor.indirect != 0 {
+                guard allowsIndirect else { throw .indirectNotNegotiated(head: head) }
+                guard !isIndirect else { throw .nestedIndirect(head: head) }
+                guard descriptor.flags & Descriptor.next == 0 else { throw .indirectWithNext(head: head) }
+                let bytes = descriptor.length
+                guard bytes > 0, bytes % UInt32(Descriptor.bytes) == 0,
+                    bytes / UInt32(Descriptor.bytes) <= Self.maximumIndirectEntries
+                else { throw .badIndirectSize(head: head, bytes: bytes) }
+                table = GuestAddress(descriptor.address)
+                guard memory.isRAM(table, bytes: Int(bytes)) else { throw .indirectTableNotRAM(head: head, table) }
+                // The write flag of this descriptor says nothing (section 2.7.5.3.2).
+                entries = bytes / UInt32(Descriptor.bytes)
+                index = 0
+                visits = 0
+                isIndirect = true
+                continue
+            }
+
+            guard descriptor.length > 0 else { throw .zeroLength(head: head) }
+            // Cannot overflow: at most 2^16 descriptors of less than 2^32 bytes each.
+            total += UInt64(descriptor.length)
+            guard total <= Self.maximumChainBytes else { throw .tooLong(head: head) }
+            let segment = GuestSegment(address: GuestAddress(descriptor.address), length: descriptor.length)
+            guard memory.isRAM(segment.address, bytes: Int(segment.length)) else {
+                throw .bufferNotRAM(head: head, segment.address, length: segment.length)
+            }
+            if descriptor.flags & Descriptor.write != 0 {
+                writable.append(segment)
+            } else {
+                guard writable.isEmpty else { throw .readableAfterWritable(head: head) }
+                readable.append(segment)
+            }
+            guard descriptor.flags & Descriptor.next != 0 else { break }
+            index = descriptor.next
+            guard UInt32(index) < entries else { throw .nextOutOfRange(head: head, next: index) }
+        }
+        return DescriptorChain(head: head, readable: readable, writable: writable, memory: memory)
+    }
+
+    private func load(
+        _ table: GuestAddress, _ index: UInt16, isIndirect: Bool, head: UInt16
+    ) throws(VirtQueueError) -> Descriptor {
+        var descriptor = Descriptor()
+        do throws(GuestMemoryError) {
+            // Cannot wrap: the index is within the table, and the whole table is RAM.
+            try memory.copyOut(GuestAddress(table.rawValue &+ UInt64(Descriptor.bytes) &* UInt64(index)), into: &descriptor)
+        } catch {
+            throw isIndirect ? .indirectTableNotRAM(head: head, table) : .notRAM(.descriptors, table)
+        }
+        return descriptor
+    }
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+import CLinux
+import Machine
+import Migration
+
+/// The commands that talk to a running guest.
+enum Client {
+    /// Sends a request and returns its last reply; progress goes to `progress` as it comes.
+    static func ask(_ path: String, _ request: ControlRequest, progress: (String) -> Void = { _ in }) throws(Complaint) -> ControlReply {
+        let socket = try LocalSocket.connect(path)
+        socket.send(JSON.line(request))
+        while let line = socket.receiveLine() {
+            guard let reply = try? JSON.decode(ControlReply.self, line) else {
+                throw Complaint("the guest at \(path) answered in a way this release does not know; use the same release on both sides")
+            }
+            if let text = reply.progress { progress(text) } else { return reply }
+        }
+        throw Complaint("the guest at \(path) went away before it answered; its own output says why")
+    }
+
+    private static func done(_ reply: ControlReply) throws(Complaint) -> ControlReply {
+        if let error = reply.error { throw Complaint(error) }
+        return reply
+    }
+
+    static func simple(_ words: ArraySlice<String>, _ command: ControlRequest.Command) throws(Complaint) {
+        let arguments = try Arguments(words, options: ["control"], flags: [])
+        _ = try done(try ask(try arguments.required("control"), ControlRequest(command: command)))
+    }
+
+    static func status(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(words, options: ["control"], flags: [])
+        let reply = try done(try ask(try arguments.required("control"), ControlRequest(command: .status)))
+        if let status = reply.status { write(JSON.pretty(status), to: 1) }
+    }
+
+    static func type(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(words, options: ["control", "text"], flags: [])
+        let text = unescape(try arguments.required("text"))
+        _ = try done(try ask(try arguments.required("control"), ControlRequest(command: .type, text: text)))
+    }
+
+    /// `\n` and `\\`, so that a shell's plain quotes do.
+    private static func unescape(_ text: String) -> String {
+        var result = "", escaped = false
+        for character in text {
+            if escaped { result.append(character == "n" ? "\n" : character) } else if character != "\\" { result.append(character) }
+            escaped = !escaped && character == "\\"
+        }
+        return result
+    }
+
+    static func stop(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(words, options: ["control"], flags: ["power-button"])
+        let request = ControlRequest(command: .stop, powerButton: arguments[flag: "power-button"])
+        _ = try done(try ask(try arguments.required("control"), request))
+    }
+
+    static func migrate(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(
+            words, options: ["control", "to", "json", "downtime", "hint-timeout", "bandwidth"], flags: ["skip-free-pages"])
+        let to = try arguments.required("to")
+        var options = MigrationRequest()
+        options.skipFreePages = arguments[flag: "skip-free-pages"]
+        options.downtimeMilliseconds = try arguments.integer("downtime", in: 1...3_600_000)
+        options.hintTimeoutMilliseconds = try arguments.integer("hint-timeout", in: 1...600_000)
+        options.bandwidth = try arguments.size("bandwidth")
+
+        // Before the guest moves: a report that cannot be written should not be found out afterwards.
+        let json = arguments["json"]
+        let file: Int32 = try json.map { path throws(Complaint) in
+            let file = lacuna_open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0o644)
+            guard file >= 0 else {
+                throw Complaint("cannot write the report to \(path): \(String(cString: strerror(errno))); choose another --json")
+            }
+            return file
+        } ?? -1
+
+        let terminal = isatty(2) == 1
+        var shown = false
+        let request = ControlRequest(command: .migrate, to: to, options: options)
+        let reply = try ask(try arguments.required("control"), request) { line in
+            if terminal { write(Array("\r\u{1b}[K\(line)".utf8), to: 2) }
+            shown = true
+        }
+        if terminal && shown { write([0x0d, 0x1b, 0x5b, 0x4b], to: 2) }
+        if let report = reply.report {
+            if let refusal = report.hintRefusal { write(Array("lacuna: free pages were not skipped: \(refusal)\n".utf8), to: 2) }
+            if file >= 0 {
+                guard ftruncate(file, 0) == 0 || errno == EINVAL, write(JSON.pretty(report), to: file), close(file) == 0 else {
+                    throw Complaint("the migration is \(report.outcome.rawValue), but its report could not be written to \(json ?? ""): \(String(cString: strerror(errno)))")
+                }
+            }
+        }
+        let final = try done(reply)
+        if let report = final.report { write(Array((summary(report) + "\n").utf8), to: 1) }
+    }
+
+    private static func summary(_ report: MigrationReport) -> String {
+        let ram = Double(report.ramPages) / 256, sent = Double(report.bytes) / 1_048_576
+        return "migrated: \(rounded(sent)) MiB sent for \(rounded(ram)) MiB of RAM, \(rounded(Double(report.skippedPages) / 256)) MiB skipped, "
+            + "\(report.rounds.count) rounds, \(rounded(report.totalMilliseconds)) ms, downtime \(rounded(report.downtimeMilliseconds)) ms"
+    }
+    private static func rounded(_ value: Double) -> String { String(Int(value.rounded())) }
+}
+
+/// Writes all bytes; false if that was not possible.
+@discardableResult
+func write(_ bytes: [UInt8], to descriptor: Int32) -> Bool {
+    var rest = bytes[...]
+    while !rest.isEmpty {
+        let count = rest.withUnsafeBytes { CLinux.write(descriptor, $0.baseAddress, $0.count) }
+        if count < 0 {
+            if errno == EINTR { continue }
+            return false
+        }
+        rest = rest.dropFirst(count)
+    }
+    return true
+}

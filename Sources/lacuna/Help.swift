@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+
+let help = """
+    lacuna - run a Linux guest on KVM and migrate it live without its free memory
+
+    usage: lacuna COMMAND [OPTION]...
+
+    Start a guest, and get a destination ready:
+      run      --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory SIZE] [--cpus N]
+               [--control SOCKET] [--console WHERE]
+      receive  --listen ADDRESS [--memory SIZE] [--cpus N] [--control SOCKET] [--console WHERE]
+
+    Talk to a running guest through its control socket:
+      migrate  --control SOCKET --to ADDRESS [--skip-free-pages] [--json FILE]
+               [--downtime MS] [--hint-timeout MS] [--bandwidth BYTES]
+      status   --control SOCKET
+      pause    --control SOCKET
+      resume   --control SOCKET
+      type     --control SOCKET --text TEXT
+      stop     --control SOCKET [--power-button]
+
+      --kernel FILE        an unmodified x86-64 bzImage, such as /boot/vmlinuz-6.1.0-…-amd64
+      --initramfs FILE     its initial RAM file system
+      --cmdline TEXT       the kernel's command line (console=ttyS0)
+      --memory SIZE        guest memory, as 512M or 4G (512M); for `receive`: refuse a guest of another size
+      --cpus N             1 to 8 vCPUs (1); for `receive`: refuse a guest with another number
+      --control SOCKET     where to listen for, or find, the guest's control socket
+      --console WHERE      the serial console: stdio, none or file:PATH, appended to (stdio)
+      --listen ADDRESS     unix:PATH or tcp:HOST:PORT; a plain channel, neither encrypted nor authenticated
+      --to ADDRESS         where `lacuna receive` listens
+      --skip-free-pages    leave out the pages that the guest has free; its kernel needs the module lacuna_balloon
+      --json FILE          write the migration's report there
+      --downtime MS        how long the guest may stand still at the end (300)
+      --hint-timeout MS    how long to wait for the guest's answer in each round (200)
+      --bandwidth BYTES    at most so many bytes a second, as 100M (no limit)
+      --text TEXT          typed at the guest's console; \\n ends a line
+      --power-button       ask the guest to switch itself off instead of ending it at once
+
+    Exit status: 0 done; 1 failed, with the reason in one line; 2 wrong usage. `run` and `receive` end with 0 when the
+    guest switched itself off, was stopped, or runs elsewhere.
+    """

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+import CLinux
+import Machine
+import Migration
+
+/// The commands that hold a guest: `run` and `receive`.
+enum Host {
+    /// What the guest boots, and boots again after a reset.
+    private struct Kernel {
+        let path: String
+        let initramfs: String?
+        let commandLine: String
+
+        init?(_ arguments: Arguments) throws(Complaint) {
+            guard let path = arguments["kernel"] else {
+                if arguments["initramfs"] != nil || arguments["cmdline"] != nil { throw .usage("--kernel is missing") }
+                return nil
+            }
+            self.path = path
+            initramfs = arguments["initramfs"]
+            commandLine = arguments["cmdline"] ?? "console=ttyS0"
+        }
+    }
+
+    private static func openConsole(_ where: String) throws(Complaint) -> Int32 {
+        switch `where` {
+        case "stdio": return 1
+        case "none": return -1
+        case let place where place.hasPrefix("file:"):
+            let path = String(place.dropFirst(5))
+            let file = lacuna_open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0o644)
+            guard file >= 0 else {
+                throw Complaint("cannot write the console to '\(path)': \(String(cString: strerror(errno))); choose another --console")
+            }
+            return file
+        default: throw .usage("--console takes stdio, none or file:PATH, not '\(`where`)'")
+        }
+    }
+
+    /// Hands what is typed here to the guest.
+    private static func connectInput(to guest: RunningGuest) {
+        var saved = termios()
+        if isatty(0) == 1, tcgetattr(0, &saved) == 0 {
+            var raw = saved
+            // The guest's own line discipline does the editing; signals stay, so that ^C still ends this process.
+            raw.c_lflag &= ~tcflag_t(ICANON | ECHO)
+            tcsetattr(0, TCSANOW, &raw)
+        }
+        startThread(named: "console") {
+            var buffer = [UInt8](repeating: 0, count: 256)
+            while true {
+                let count = buffer.withUnsafeMutableBytes { read(0, $0.baseAddress, $0.count) }
+                if count < 0 && errno == EINTR { continue }
+                if count <= 0 { return }
+                guest.machine?.type(Array(buffer[..<count]))
+            }
+        }
+    }
+
+    private static func finish(_ guest: RunningGuest, _ first: Machine, kernel: Kernel?, console: Int32) throws(Complaint) {
+        var machine = first
+        while true {
+            switch machine.waitForEnd() {
+            case .poweredOff, .stopped: return
+            case .migrated:
+                write(Array("lacuna: the guest runs on its destination now\n".utf8), to: 2)
+                return
+            case .failed(let reason): throw Complaint("the guest stopped: \(reason)")
+            case .rebooted:
+                guard let kernel else {
+                    throw Complaint("the guest asked for a reboot and this process has no kernel to boot; give `lacuna receive` the same --kernel and --initramfs as `lacuna run`")
+                }
+                do {
+                    machine = try Machine(machine.configuration, console: console)
+                    try machine.load(kernel: kernel.path, initramfs: kernel.initramfs, commandLine: kernel.commandLine)
+                } catch { throw Complaint("the guest cannot be rebooted: \(error)") }
+                guest.set(machine)
+                machine.resume()
+            }
+        }
+    }
+
+    static func run(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(
+            words, options: ["kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console"], flags: [])
+        guard let kernel = try Kernel(arguments) else { throw .usage("--kernel is missing") }
+        let configuration = MachineConfiguration(
+            memorySize: try arguments.size("memory") ?? 512 << 20, vcpus: try arguments.integer("cpus", in: 1...8) ?? 1)
+        let console = try openConsole(arguments["console"] ?? "stdio")
+        let guest = RunningGuest()
+        let machine: Machine
+        do throws(MachineError) {
+            machine = try Machine(configuration, console: console)
+            try machine.load(kernel: kernel.path, initramfs: kernel.initramfs, commandLine: kernel.commandLine)
+        } catch { throw Complaint("\(error)") }
+        guest.set(machine)
+        let control = arguments["control"]
+        if let control { try guest.serve(at: control) }
+        defer { if let control { unlink(control) } }
+        if console == 1 { connectInput(to: guest) }
+        machine.resume()
+        try finish(guest, machine, kernel: kernel, console: console)
+    }
+
+    static func receive(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(
+            words, options: ["listen", "kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console"], flags: [])
+        let kernel = try Kernel(arguments)
+        let incoming = IncomingMachine(
+            console: try openConsole(arguments["console"] ?? "stdio"), memorySize: try arguments.size("memory"),
+            vcpus: try arguments.integer("cpus", in: 1...8))
+        let guest = RunningGuest()
+        let listener: ChannelListener
+        do throws(MigrationError) {
+            listener = try ChannelListener(try ChannelAddress(parsing: try requiredAddress(arguments)))
+        } catch { throw Complaint("\(error)") }
+        let control = arguments["control"]
+        if let control { try guest.serve(at: control) }
+        defer { if let control { unlink(control) } }
+        write(Array("lacuna: waiting for a guest at \(listener.address)\n".utf8), to: 2)
+        do throws(MigrationError) {
+            let channel = try listener.accept()
+            listener.close()
+            let receiver = MigrationReceiver(guest: incoming)
+            _ = try receiver.run(over: channel)
+        } catch { throw Complaint("no guest was received: \(error)") }
+        guard let machine = incoming.machine else { throw Complaint("no guest was received") }
+        guest.set(machine)
+        write(Array("lacuna: the guest runs here now\n".utf8), to: 2)
+        if incoming.console == 1 { connectInput(to: guest) }
+        try finish(guest, machine, kernel: kernel, console: incoming.console)
+    }
+
+    private static func requiredAddress(_ arguments: Arguments) throws(MigrationError) -> String {
+        guard let text = arguments["listen"] else { throw .badAddress("", why: "--listen is missing") }
+        return text
+    }
+}

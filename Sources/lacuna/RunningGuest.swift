@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+import CLinux
+import Machine
+import Migration
+import Synchronization
+
+/// The guest of this process, and what its control socket lets others do with it.
+final class RunningGuest: Sendable {
+    private struct State {
+        var machine: Machine?
+        var migrating = false
+        /// Why the guest stands still, where nobody asked for it.
+        var reason: String?
+    }
+    private let state = Mutex(State())
+
+    var machine: Machine? { state.withLock { $0.machine } }
+    func set(_ machine: Machine) { state.withLock { $0.machine = machine } }
+
+    /// Answers requests at `path` until the process ends.
+    func serve(at path: String) throws(Complaint) {
+        let listener = try LocalSocket.listen(path)
+        startThread(named: "control") { [self] in
+            while let peer = listener.accept() { startThread(named: "control peer") { self.converse(peer) } }
+        }
+    }
+
+    private func converse(_ peer: LocalSocket) {
+        while let line = peer.receiveLine() {
+            do {
+                let request: ControlRequest
+                do { request = try JSON.decode(ControlRequest.self, line) } catch {
+                    throw Complaint("that is no control request; use the same release of lacuna on both sides")
+                }
+                try answer(request, to: peer)
+            } catch { peer.send(JSON.line(ControlReply(error: "\(error)"))) }
+        }
+    }
+
+    private func current() throws(Complaint) -> Machine {
+        guard let machine else { throw Complaint("there is no guest here yet: it has not arrived") }
+        return machine
+    }
+
+    private func answer(_ request: ControlRequest, to peer: LocalSocket) throws {
+        switch request.command {
+        case .status:
+            peer.send(JSON.line(ControlReply(done: true, status: status())))
+            return
+        case .migrate:
+            try migrate(request, for: peer)
+            return
+        case .stop:
+            let machine = try current()
+            if request.powerButton == true { machine.pressPowerButton() } else {
+                peer.send(JSON.line(ControlReply(done: true)))
+                machine.end(.stopped)
+                return
+            }
+        case .pause:
+            try refuseDuringMigration("pausing")
+            guard try current().pause() else { throw Complaint("the guest has ended") }
+            state.withLock { $0.reason = "paused by the operator" }
+        case .resume:
+            try refuseDuringMigration("resuming")
+            let machine = try current()
+            guard machine.activity != .ended else { throw Complaint("the guest has ended") }
+            machine.resume()
+            state.withLock { $0.reason = nil }
+        case .type: try current().type(Array((request.text ?? "").utf8))
+        }
+        peer.send(JSON.line(ControlReply(done: true)))
+    }
+
+    private func refuseDuringMigration(_ what: String) throws(Complaint) {
+        if state.withLock({ $0.migrating }) { throw Complaint("the guest is being migrated; \(what) has to wait until that ends") }
+    }
+
+    private func status() -> MachineStatus {
+        let (machine, migrating, reason) = state.withLock { ($0.machine, $0.migrating, $0.reason) }
+        guard let machine else {
+            return MachineStatus(activity: "waiting", reason: "no guest has arrived yet", memoryMiB: 0, vcpus: 0)
+        }
+        let activity = migrating && machine.activity == .running ? "migrating" : machine.activity.rawValue
+        return MachineStatus(
+            activity: activity, reason: reason, memoryMiB: machine.configuration.memorySize >> 20,
+            vcpus: machine.configuration.vcpus, hintRefusal: machine.balloon.refusal)
+    }
+
+    private func migrate(_ request: ControlRequest, for peer: LocalSocket) throws {
+        let machine = try current()
+        guard machine.activity == .running else {
+            throw Complaint("the guest is not running (\(machine.activity.rawValue)); resume it before you migrate it")
+        }
+        let asked = request.options ?? MigrationRequest()
+        var options = MigrationOptions()
+        options.skipFreePages = asked.skipFreePages
+        if let value = asked.downtimeMilliseconds { options.downtimeLimitMilliseconds = value }
+        if let value = asked.hintTimeoutMilliseconds { options.hintTimeoutMilliseconds = value }
+        if let value = asked.bandwidth { options.bandwidthLimit = Int(clamping: value) }
+
+        let isFirst = state.withLock { state in
+            defer { state.migrating = true }
+            return !state.migrating
+        }
+        guard isFirst else { throw Complaint("this guest is being migrated already; wait until that ends") }
+        defer { state.withLock { $0.migrating = false } }
+
+        let address = try ChannelAddress(parsing: request.to ?? "")
+        let channel = try ByteChannel.connect(to: address)
+        let outgoing = OutgoingMachine(machine)
+        let source = MigrationSource(
+            guest: outgoing, trackers: outgoing.trackers, hinter: outgoing.hinter, options: options
+        ) { progress in
+            peer.send(JSON.line(ControlReply(progress: progress.line)))
+        }
+        let report = try source.run(over: channel)
+        switch report.outcome {
+        case .completed:
+            state.withLock { $0.reason = "migrated to \(address)" }
+            peer.send(JSON.line(ControlReply(done: true, report: report)))
+            machine.end(.migrated)
+        case .unknown:
+            let reason =
+                "paused: whether the guest runs at \(address) is unknown (\(report.outcomeReason ?? "no answer")); look there, and resume here only if it does not"
+            state.withLock { $0.reason = reason }
+            peer.send(JSON.line(ControlReply(error: reason, report: report)))
+        }
+    }
+}
+
+extension MigrationProgress {
+    /// One line for a person.
+    var line: String {
+        func mib(_ bytes: Double) -> String { String(Int((bytes / 1_048_576).rounded())) }
+        return "\(phase.rawValue) \(round): \(mib(Double(remainingPages) * 4096)) MiB left, \(mib(Double(bytes))) MiB sent, "
+            + "\(mib(Double(skippedPages) * 4096)) MiB skipped, \(mib(bytesPerSecond)) MiB/s"
+    }
+}

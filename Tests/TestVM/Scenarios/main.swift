@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+import CLinux
+
+// lacuna-scenarios list [--quick]
+// lacuna-scenarios run NAME
+// lacuna-scenarios demo [--memory SIZE]
+
+_ = lacuna_ignore_signal(SIGPIPE)
+let words = Array(CommandLine.arguments.dropFirst())
+
+/// Runs `body`, ends whatever it left running, and ends this process with the verdict.
+func perform(echo: Bool, _ body: (Stage) throws(Failure) -> Bool) -> Never {
+    let stage = Stage(echo: echo)
+    do throws(Failure) {
+        let good = try body(stage)
+        stage.close()
+        exit(good ? 0 : 1)
+    } catch {
+        stage.close()
+        say("failed: \(error)")
+        for child in stage.children where !child.lines.isEmpty {
+            say("--- \(child.name), its last lines (status \(child.status ?? -1)):")
+            for line in child.lines.suffix(15) { say("    \(line)") }
+        }
+        exit(1)
+    }
+}
+
+switch words.first {
+case "list":
+    for scenario in scenarios where scenario.isQuick || !words.contains("--quick") {
+        say("\(scenario.name) \(scenario.memory) \(scenario.limit)")
+    }
+case "run" where words.count == 2 || words.count == 3 && words[2] == "--echo":
+    guard let scenario = scenarios.first(where: { $0.name == words[1] }) else {
+        say("there is no scenario \(words[1]); see lacuna-scenarios list")
+        exit(2)
+    }
+    perform(echo: words.count == 3) { stage throws(Failure) in
+        try scenario.body(stage)
+        return true
+    }
+case "demo" where words.count == 1 || words.count == 3 && words[1] == "--memory":
+    perform(echo: false) { stage throws(Failure) in try demo(memory: words.count == 3 ? words[2] : "1G", stage: stage) }
+default:
+    say("usage: lacuna-scenarios list [--quick] | run NAME [--echo] | demo [--memory SIZE]")
+    exit(2)
+}
