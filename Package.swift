@@ -42,7 +42,7 @@ let package = Package(
         .testTarget(name: "VirtioTests", dependencies: ["Virtio", "TestSupport"], swiftSettings: common),
         .testTarget(name: "BalloonTests", dependencies: ["Balloon", "TestSupport"], swiftSettings: common),
         .testTarget(name: "MigrationTests", dependencies: ["Migration", "TestSupport"], swiftSettings: common),
-        .testTarget(name: "MachineTests", dependencies: ["Machine", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "MachineTests", dependencies: ["CLinux", "GuestMemory", "KVM", "Machine", "Migration", "TestSupport"], swiftSettings: common),
         .executableTarget(
             name: "lacuna-scenarios", dependencies: ["CLinux", "Migration"], path: "Tests/TestVM/Scenarios",
             swiftSettings: common),

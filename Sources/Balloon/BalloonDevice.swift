@@ -136,7 +136,7 @@ public final class BalloonDevice: VirtioDevice {
     public func closeWindow() {
         let signals: DeviceSignals? = monitor.withLock { state in
             guard state.window != nil else { return nil }
-            state.window = nil
+            state.window = nil  // W2: what comes from now on has no window to go into.
             state.command = Self.stop
             return state.signals
         }
@@ -279,8 +279,8 @@ public final class BalloonDevice: VirtioDevice {
         case .failed:
             state.counters.reportsFailed &+= 1
             window.discard()
-        case .last where state.isPoisoning:
-            // It was not so when the window was opened, or the host did not ask (rule W6).
+        case .last where state.isPoisoning:  // W6: skipped pages would not read as the guest expects.
+            // It was not so when the window was opened, or the host did not ask for the refusal.
             state.counters.reportsVoid &+= 1
             window.discard()
         case .last:
@@ -292,7 +292,7 @@ public final class BalloonDevice: VirtioDevice {
             }
             state.counters.balloonPagesReported &+= UInt64(balloon?.population ?? 0)
             state.counters.reportsCompleted &+= 1
-            window.complete(adding: balloon)
+            window.complete(adding: balloon)  // W4: that is all: no page is discarded or written because of a bit.
         }
         state.window = window
     }

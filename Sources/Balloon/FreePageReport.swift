@@ -13,6 +13,16 @@ public struct FreePageFigures: Sendable, Codable, Equatable {
     public var longestLockNanoseconds: UInt64
     /// How often a zone lock was taken.
     public var batches: UInt32
+
+    public init(
+        blocks: UInt64, pages: UInt64, walkNanoseconds: UInt64, longestLockNanoseconds: UInt64, batches: UInt32
+    ) {
+        self.blocks = blocks
+        self.pages = pages
+        self.walkNanoseconds = walkNanoseconds
+        self.longestLockNanoseconds = longestLockNanoseconds
+        self.batches = batches
+    }
 }
 
 /// One whole report of free pages: the answer to one request.

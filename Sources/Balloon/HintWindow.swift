@@ -60,7 +60,9 @@ struct HintWindow {
             let header = try ReportHeader(from: &reader)
             guard header.request == request else { return .stale }  // W2: only an answer to the current request counts.
             guard chain.writable.isEmpty else { throw .direction }
+            // All that can be malformed comes before anything is changed.
             let kind = try header.check(following: reader.remaining)
+            let figures = kind == .figures ? try FreePageFigures(from: &reader) : nil
             if header.flags.contains(.first) {
                 // Begins anew: an abandoned report leaves nothing behind.
                 pages.clearAll()
@@ -68,14 +70,12 @@ struct HintWindow {
             } else if case .waiting = stage {
                 return .misplaced
             }
-            switch kind {
-            case .pages:
+            guard let figures else {
                 try collect(header, from: &reader, ram: ram, notRAM: &notRAM)
                 return .taken
-            case .figures:
-                figures = try FreePageFigures(from: &reader)
-                return header.flags.contains(.failed) ? .failed : .last
             }
+            self.figures = figures
+            return header.flags.contains(.failed) ? .failed : .last
         } catch { return .malformed(error) }
     }
 
@@ -95,7 +95,7 @@ struct HintWindow {
                 let real = word < UInt64(pages.wordCount) ? piece[offset] & ram.word(Int(word)) : 0
                 notRAM &+= UInt64((piece[offset] ^ real).nonzeroBitCount)
                 guard real != 0 else { continue }
-                pages.merge(real, intoWord: Int(word))  // W4: noted for masking; the page itself is left alone.
+                pages.merge(real, intoWord: Int(word))
             }
             place += UInt64(count)
             left -= count

@@ -62,8 +62,11 @@ final class PageSender {
 
     /// Queues and sends `run`, which lies within one region of RAM.
     func send(_ run: Range<Int>, _ round: inout MigrationRound) throws(MigrationError) {
-        guard let host = memory.hostPointer(PageFrameNumber(UInt64(run.lowerBound)).address, bytes: run.count * pageSize)
-        else { return }
+        let address = PageFrameNumber(UInt64(run.lowerBound)).address
+        guard let host = memory.hostPointer(address, bytes: run.count * pageSize) else {
+            // Cannot be, as the bitmap holds RAM only; but a page whose bit was taken must never be left out in silence.
+            throw .machineFailed(doing: "sending memory", why: "pages at \(address) are not RAM")
+        }
         var page = run.lowerBound
         while page < run.upperBound {
             let first = page

@@ -98,7 +98,9 @@ package struct FrameHeader: Equatable, Sendable {
 
     /// Reads 32 untrusted bytes. Throws `wrongVersion` or `badStream`.
     package init(decoding bytes: UnsafeRawPointer) throws(MigrationError) {
-        func word(_ offset: Int) -> UInt32 { UInt32(littleEndian: bytes.loadUnaligned(fromByteOffset: offset, as: UInt32.self)) }
+        func word(_ offset: Int) -> UInt32 {
+            UInt32(littleEndian: bytes.loadUnaligned(fromByteOffset: offset, as: UInt32.self))
+        }
         guard word(0) == FrameHeader.magic else { throw .badStream("a frame does not begin with the magic number") }
         guard word(28) == lacuna_crc32c(0, bytes, 28) else { throw .badStream("a frame header's checksum is wrong") }
         let version = Int(word(4) >> 16)

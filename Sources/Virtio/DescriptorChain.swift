@@ -50,7 +50,7 @@ public struct DescriptorChain: Sendable {
             guard memory.copyIn(bytes[done..<done + count], at: segment.address) else { break }
             done += count
         }
-        return UInt32(done)
+        return UInt32(clamping: done)
     }
 }
 

@@ -82,7 +82,8 @@ public final class MMIOTransport: Sendable {
     public func read(offset: UInt64, size: Int) -> UInt64 {
         if offset >= MMIO.configuration {
             guard let place = configurationOffset(offset, size) else { return 0 }
-            return device.readConfiguration(offset: place, count: size)
+            let value = device.readConfiguration(offset: place, count: size)
+            return size < 8 ? value & (1 << UInt64(8 * size) - 1) : value
         }
         // Section 4.2.2.2: the registers are read and written with 32 bits, aligned.
         guard size == 4, let register = MMIO.Register(rawValue: offset) else {

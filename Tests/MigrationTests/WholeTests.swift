@@ -41,7 +41,8 @@ private final class Allocator: Sendable {
         let guest = try MiniGuest(layout)
         let pages = guest.pages
         for page in pages where page % 5 == 0 { guest.fill(page: page, seed: UInt64(seed)) }
-        let allocator = Allocator(pages.filter { $0 % 5 != 0 }, seed: UInt64(seed))
+        // Not page 7, which a device writes to: the bytes of a page that is free may be lost.
+        let allocator = Allocator(pages.filter { $0 % 5 != 0 && $0 != 7 }, seed: UInt64(seed))
         for _ in 0..<2000 { allocator.step(guest) }
         let counter = Atomic<UInt64>(0)
         guest.writers.withLock {
@@ -50,7 +51,8 @@ private final class Allocator: Sendable {
                 { guest in
                     let value = counter.add(1, ordering: .relaxed).newValue
                     guest.write(value, page: Int(value % 40) * 5)
-                    try? guest.memory.store(value, at: GuestAddress(UInt64(7) << 12 | 8))
+                    // A device's buffer, on a page the allocator does not own: free pages have no device writing to them.
+                    try? guest.memory.store(value, at: GuestAddress(UInt64(200) << 12 | 8))
                 },
             ]
         }
@@ -66,7 +68,8 @@ private final class Allocator: Sendable {
         let received = try ends.destination.get()
         #expect(result.outcome == .completed && received.acknowledged)
         #expect(!guest.isRunning && place.runs)
-        #expect(try #require(place.guest).differences(guest).isEmpty)
+        let different = try #require(place.guest).differences(guest)
+        #expect(different.isEmpty, "pages \(different)")
         #expect(place.state.withLock { $0 } == guest.sections.withLock { $0 })
         #expect(result.bytes == received.bytes)
         #expect(result.pagesSent == received.pages && result.zeroPages == received.zeroPages)
