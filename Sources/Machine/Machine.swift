@@ -214,10 +214,11 @@ public final class Machine: Sendable {
 
     /// Gets every vCPU thread out of KVM_RUN, or keeps it from going in.
     private func kick() {
-        let threads = run.read { $0.threads }
         // The flag first: a thread between its look at `wanted` and KVM_RUN then comes straight back.
         for vcpu in vcpus { vcpu.requestExit(true) }
-        for thread in threads { _ = lacuna_pthread_kill(thread, SIGUSR1) }
+        // Under the lock: a thread takes itself off the list before it goes, and a signal to one that is gone is not
+        // allowed.
+        run.read { state in for thread in state.threads { _ = lacuna_pthread_kill(thread, SIGUSR1) } }
     }
 
     private func drive(_ vcpu: VCPU) {

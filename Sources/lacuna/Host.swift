@@ -66,6 +66,7 @@ enum Host {
                 write(Array("lacuna: the guest runs on its destination now\n".utf8), to: 2)
                 return
             case .failed(let reason): throw Complaint("the guest stopped: \(reason)")
+            case .rebooted where guest.isStopping: return
             case .rebooted:
                 guard let kernel else {
                     throw Complaint("the guest asked for a reboot and this process has no kernel to boot; give `lacuna receive` the same --kernel and --initramfs as `lacuna run`")
@@ -75,6 +76,8 @@ enum Host {
                     try machine.load(kernel: kernel.path, initramfs: kernel.initramfs, commandLine: kernel.commandLine)
                 } catch { throw Complaint("the guest cannot be rebooted: \(error)") }
                 guest.set(machine)
+                // A stop that looked for the guest before this line found the old machine, and left its mark.
+                if guest.isStopping { machine.end(.stopped) }
                 machine.resume()
             }
         }

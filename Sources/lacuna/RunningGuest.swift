@@ -9,12 +9,15 @@ final class RunningGuest: Sendable {
     private struct State {
         var machine: Machine?
         var migrating = false
+        /// The guest is to end, whatever machine it is in by then.
+        var isStopping = false
         /// Why the guest stands still, where nobody asked for it.
         var reason: String?
     }
     private let state = Mutex(State())
 
     var machine: Machine? { state.withLock { $0.machine } }
+    var isStopping: Bool { state.withLock { $0.isStopping } }
     func set(_ machine: Machine) { state.withLock { $0.machine = machine } }
 
     /// Answers requests at `path` until the process ends.
@@ -51,12 +54,16 @@ final class RunningGuest: Sendable {
             try migrate(request, for: peer)
             return
         case .stop:
-            let machine = try current()
-            if request.powerButton == true { machine.pressPowerButton() } else {
-                peer.send(JSON.line(ControlReply(done: true)))
-                machine.end(.stopped)
-                return
+            if request.powerButton == true {
+                try current().pressPowerButton()
+                break
             }
+            // The flag before the look: a guest that reboots at this moment is in another machine a moment later.
+            state.withLock { $0.isStopping = true }
+            let machine = try current()
+            peer.send(JSON.line(ControlReply(done: true)))
+            machine.end(.stopped)
+            return
         case .pause:
             try refuseDuringMigration("pausing")
             guard try current().pause() else { throw Complaint("the guest has ended") }
