@@ -13,7 +13,10 @@ struct Scenario: Sendable {
 
 let memcheckGuest = "memcheck:15"
 
-let scenarios: [Scenario] = [
+let scenarios = chainScenarios + migrationScenarios
+
+/// The whole chain, end to end.
+private let chainScenarios: [Scenario] = [
     Scenario(name: "power-off", memory: 2048, limit: 300, isQuick: true) { stage throws(Failure) in
         let guest = try stage.boot("guest", memory: "256M", cpus: 2, run: "poweroff", until: "GUEST-BOOTED")
         try expect(guest.child.text.contains("cpus=2"), "the guest did not find both CPUs")
