@@ -94,7 +94,8 @@ public struct ChainReader: ~Copyable {
             // Cannot wrap: the queue checked that the whole segment is RAM.
             let address = GuestAddress(current.address.rawValue &+ UInt64(offset))
             do throws(GuestMemoryError) {
-                unsafe try memory.read(address, into: UnsafeMutableRawBufferPointer(rebasing: buffer[done..<done + count]))
+                let piece = unsafe UnsafeMutableRawBufferPointer(rebasing: buffer[done..<done + count])
+                try unsafe memory.read(address, into: piece)
             } catch { throw .notRAM(address) }
             done += count
             advance(count)

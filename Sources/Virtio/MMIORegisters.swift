@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-/// Register offsets and constants of the virtio-mmio transport, version 2 (virtio 1.3, section 4.2.2), for the transport
-/// and for whoever plays its driver.
+/// Register offsets and constants of the virtio-mmio transport, version 2 (virtio 1.3, section 4.2.2), for the
+/// transport and for whoever plays its driver.
 public enum MMIO {
     /// "virt", little-endian.
     public static let magic: UInt32 = 0x7472_6976

@@ -253,7 +253,8 @@ public final class VirtQueue: Sendable {
         var descriptor = Descriptor()
         do throws(GuestMemoryError) {
             // Cannot wrap: the index is within the table, and the whole table is RAM.
-            try memory.copyOut(GuestAddress(table.rawValue &+ UInt64(Descriptor.bytes) &* UInt64(index)), into: &descriptor)
+            let offset = UInt64(Descriptor.bytes) &* UInt64(index)
+            try memory.copyOut(GuestAddress(table.rawValue &+ offset), into: &descriptor)
         } catch {
             throw isIndirect ? .indirectTableNotRAM(head: head, table) : .notRAM(.descriptors, table)
         }

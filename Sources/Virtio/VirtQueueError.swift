@@ -43,7 +43,8 @@ public enum VirtQueueError: Error, Equatable, Sendable, CustomStringConvertible 
 
     public var description: String {
         switch self {
-        case .badSize(let size, let maximum): "a queue of \(size) descriptors (a power of two up to \(maximum) is possible)"
+        case .badSize(let size, let maximum):
+            "a queue of \(size) descriptors (a power of two up to \(maximum) is possible)"
         case .misaligned(let part, let address): "the \(part.rawValue) at \(address) is not aligned"
         case .notRAM(let part, let address): "the \(part.rawValue) at \(address) is not in guest RAM"
         case .badCounters(let available, let used): "counters \(available) and \(used) too far apart"

@@ -86,7 +86,9 @@ import Virtio
             var set: [UInt64] = []
             for word in 0..<UInt64(header.bits / 64) {
                 let bits = (try? reader.take(UInt64.self)) ?? 0
-                for bit in 0..<64 as Range<UInt64> where bits >> bit & 1 == 1 { set.append(header.start + 64 * word + bit) }
+                for bit in 0..<64 as Range<UInt64> where bits >> bit & 1 == 1 {
+                    set.append(header.start + 64 * word + bit)
+                }
             }
             #expect(UInt64(set.count) == vector.number("count") && set == vector.runs.flatMap { Array($0) })
         case .figures:

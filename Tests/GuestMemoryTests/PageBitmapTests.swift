@@ -47,7 +47,8 @@ private struct Oracle {
             let page = Int.random(in: 0...map.bitCount, using: &random)
             #expect(map.next(from: page) == oracle.next(from: page), "from \(page)")
             for limit in [1, 2, 63, 64, 65, .max] {
-                #expect(map.nextRun(from: page, limit: limit) == oracle.nextRun(from: page, limit: limit), "\(page) \(limit)")
+                let run = oracle.nextRun(from: page, limit: limit)
+                #expect(map.nextRun(from: page, limit: limit) == run, "\(page) \(limit)")
             }
         }
         for index in 0..<map.wordCount { #expect(map.word(index) == oracle.word(index)) }

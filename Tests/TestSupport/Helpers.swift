@@ -89,7 +89,9 @@ extension GuestMemory {
         let host = hostPointer(GuestAddress(address), bytes: count)!
         return Array(UnsafeRawBufferPointer(start: host, count: count))
     }
-    public func peek<Value: FixedWidthInteger & BitwiseCopyable>(_ address: UInt64, as type: Value.Type = Value.self) -> Value {
+    public func peek<Value: FixedWidthInteger & BitwiseCopyable>(
+        _ address: UInt64, as type: Value.Type = Value.self
+    ) -> Value {
         hostPointer(GuestAddress(address), bytes: MemoryLayout<Value>.size)!.loadUnaligned(as: Value.self)
     }
 }

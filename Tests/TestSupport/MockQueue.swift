@@ -117,11 +117,11 @@ public final class MockQueue {
     /// VIRTQ_AVAIL_F_NO_INTERRUPT.
     public func suppressInterrupts(_ on: Bool) { memory.poke(UInt16(on ? 1 : 0), at: available) }
 
-    /// What the device gave back since the last call.
+    /// What the device gave back since the last call: at most as many as the ring holds, whatever its index says.
     public func takeUsed() -> [(head: UInt32, written: UInt32)] {
         var result: [(UInt32, UInt32)] = []
         let index = try! memory.loadAcquire16(GuestAddress(used + 2))
-        while usedIndex != index {
+        while usedIndex != index, result.count < Int(size) {
             let entry = used + 4 + 8 * UInt64(usedIndex % size)
             result.append((memory.peek(entry), memory.peek(entry + 4)))
             usedIndex &+= 1

@@ -282,24 +282,29 @@ private struct Bench {
     // MARK: Threads
 
     @Test func resetWhileTheDeviceWorks() {
-        let inside = Tally()
+        let inside = Tally(), released = Tally()
         let bench = Bench(during: {
             inside.add()
-            sleep(milliseconds: 20)
+            while released.value == 0 { sleep(milliseconds: 1) }
         })
         bench.driver.start(features: version1, queues: [0])
         for _ in 0..<4 { bench.driver.add(queue: 0, readable: [[1]]) }
         let transport = bench.transport
         let vcpu = HostThread { transport.write(offset: MMIO.Register.queueNotify.rawValue, size: 4, value: 0) }
         while inside.value == 0 { sleep(milliseconds: 1) }
-        // These do not wait for the queue.
-        #expect(inside.value < 4)
+        // These return although the device is stuck.
         _ = bench.driver.read(.interruptStatus)
         bench.driver.write(.interruptAcknowledge, 3)
-        #expect(inside.value < 4)
-        bench.driver.write(.status, 0)
-        #expect(inside.value == 4)
+        _ = bench.driver.configuration(0)
+        bench.device.state.withLock { $0.signals }!.configurationChanged()
+        // The reset waits until the device is done.
+        let other = HostThread { transport.write(offset: MMIO.Register.status.rawValue, size: 4, value: 0) }
+        sleep(milliseconds: 20)
+        #expect(inside.value == 1 && bench.device.state.withLock { $0.resets } == 1)
+        released.add()
+        other.join()
         vcpu.join()
+        #expect(inside.value == 4 && bench.device.state.withLock { $0.resets } == 2)
         #expect(bench.driver.start(features: version1, queues: [0]))
         #expect(bench.driver.send(queue: 0, readable: [[1]]).count == 1)
     }
