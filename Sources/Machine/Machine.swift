@@ -69,6 +69,11 @@ public final class Machine: Sendable {
         var gone = 0
         var end: MachineEnd?
         var threads: [pthread_t] = []
+        /// Percent of the time that the vCPUs are kept from running; whether they are at the moment; and whether a
+        /// thread sees to it.
+        var throttle = 0
+        var isHeldBack = false
+        var hasThrottler = false
     }
     private enum Wanted { case running, paused, ended }
     private let run: Monitor<Run>
@@ -212,6 +217,44 @@ public final class Machine: Sendable {
     /// Presses the ACPI power button: a guest that listens switches itself off in good order.
     public func pressPowerButton() { power.pressPowerButton() }
 
+    /// Keeps the vCPUs from running for `percent` (0 to 99) of the time, so that the guest dirties less memory; 0 ends
+    /// that. Interrupts wait meanwhile, as they would for a slow CPU.
+    public func throttle(percent: Int) {
+        let isFirst = run.update { state in
+            state.throttle = max(0, min(percent, 99))
+            if state.throttle == 0 { state.isHeldBack = false }
+            guard state.throttle > 0, !state.hasThrottler else { return false }
+            state.hasThrottler = true
+            return true
+        }
+        if isFirst { startThread(named: "throttle") { self.alternate() } }
+    }
+
+    /// Lets the vCPUs run for a while and holds them for a while, until there is no more throttle or no more guest.
+    private func alternate() {
+        let runNanoseconds: UInt64 = 10_000_000
+        while true {
+            let isOver: Bool? = run.wait(nanoseconds: runNanoseconds) { state in
+                state.throttle == 0 || state.wanted == .ended ? true : nil
+            }
+            let percent = run.update { state in
+                // Under one lock with the decision to go: a later call then starts another thread.
+                if isOver == true || state.throttle == 0 || state.wanted == .ended {
+                    (state.hasThrottler, state.isHeldBack) = (false, false)
+                    return 0
+                }
+                state.isHeldBack = true
+                return state.throttle
+            }
+            if percent == 0 { return }
+            kick()
+            _ = run.wait(nanoseconds: runNanoseconds * UInt64(percent) / UInt64(100 - percent)) { state -> Bool? in
+                state.throttle == 0 || state.wanted == .ended ? true : nil
+            }
+            run.update { $0.isHeldBack = false }
+        }
+    }
+
     /// Gets every vCPU thread out of KVM_RUN, or keeps it from going in.
     private func kick() {
         // The flag first: a thread between its look at `wanted` and KVM_RUN then comes straight back.
@@ -226,9 +269,10 @@ public final class Machine: Sendable {
         while true {
             // Cleared before the look at what is wanted: a request made after that look sets it again.
             vcpu.requestExit(false)
-            switch run.read({ $0.wanted }) {
-            case .running: _ = perform(vcpu, vcpu.enter())
-            case .paused:
+            switch run.read({ ($0.wanted, $0.isHeldBack) }) {
+            case (.running, false): _ = perform(vcpu, vcpu.enter())
+            case (.running, true): run.wait { $0.isHeldBack && $0.wanted == .running ? nil : () }
+            case (.paused, _):
                 // Pending I/O is completed by entering once more; an exit that this brings up is real work too.
                 vcpu.requestExit(true)
                 while perform(vcpu, vcpu.enter()) {}
@@ -236,7 +280,7 @@ public final class Machine: Sendable {
                 run.wait { $0.wanted == .paused ? nil : () }
                 run.update { $0.parked -= 1 }
                 vcpu.noteClockStopped()
-            case .ended:
+            case (.ended, _):
                 run.update { state in
                     state.threads.removeAll { pthread_equal($0, pthread_self()) != 0 }
                     state.gone += 1

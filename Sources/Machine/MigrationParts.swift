@@ -78,6 +78,7 @@ public final class OutgoingMachine: OutgoingGuest {
         guard machine.pause() else { throw PartFailure("the guest ended while it was being migrated") }
     }
     public func resume() { machine.resume() }
+    public func throttle(percent: Int) { machine.throttle(percent: percent) }
     public func saveState() throws(PartFailure) -> [StateSection] { try machine.saveSections() }
 }
 

@@ -11,7 +11,12 @@ final class Monitor<State>: @unchecked Sendable {
     init(_ initial: State) {
         state = initial
         pthread_mutex_init(mutex, nil)
-        pthread_cond_init(condition, nil)
+        var attributes = pthread_condattr_t()
+        pthread_condattr_init(&attributes)
+        // Limits are spans of time: setting the clock must not stretch them.
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+        pthread_cond_init(condition, &attributes)
+        pthread_condattr_destroy(&attributes)
     }
 
     deinit {
@@ -37,6 +42,21 @@ final class Monitor<State>: @unchecked Sendable {
         pthread_mutex_lock(mutex)
         defer { pthread_mutex_unlock(mutex) }
         return body(state)
+    }
+
+    /// Waits until `body` returns a value, as `wait(until:)` does, but not beyond `nanoseconds`; nil then.
+    func wait<Result>(nanoseconds: UInt64, until body: (inout State) -> Result?) -> Result? {
+        var limit = timespec()
+        clock_gettime(CLOCK_MONOTONIC, &limit)
+        let end = UInt64(limit.tv_nsec) + nanoseconds % 1_000_000_000
+        limit.tv_sec += Int(nanoseconds / 1_000_000_000 + end / 1_000_000_000)
+        limit.tv_nsec = Int(end % 1_000_000_000)
+        pthread_mutex_lock(mutex)
+        defer { pthread_mutex_unlock(mutex) }
+        while true {
+            if let result = body(&state) { return result }
+            if pthread_cond_timedwait(condition, mutex, &limit) != 0 { return body(&state) }
+        }
     }
 
     /// Waits until `body` returns a value. It is called under the lock, once at first and after each update.

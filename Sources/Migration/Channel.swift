@@ -21,6 +21,8 @@ public final class ByteChannel: Sendable {
     private let received = Atomic<UInt64>(0)
     private let interrupted = Atomic<Bool>(false)
     private let closed = Atomic<Bool>(false)
+    /// When waiting has to end, whatever moves meanwhile; 0: never. Monotonic nanoseconds.
+    private let deadline = Atomic<UInt64>(0)
 
     /// Takes over `descriptor`: makes it non-blocking, and closes it in the end (at once if this throws).
     public init(adopting descriptor: Int32, name: String) throws(MigrationError) {
@@ -103,6 +105,13 @@ public final class ByteChannel: Sendable {
     private func signalWakeup() {
         var one: UInt64 = 1
         _ = CLinux.write(wakeup, &one, 8)
+    }
+
+    /// From here on no wait lasts beyond `milliseconds` from now, however many bytes move: a peer that takes a byte now
+    /// and then must not hold the guest up for ever. Nil: only the idle limit counts.
+    func setDeadline(milliseconds: Double?) {
+        let nanoseconds = milliseconds.map { monotonicNanoseconds() &+ UInt64(max($0, 1) * 1e6) }
+        deadline.store(nanoseconds ?? 0, ordering: .relaxed)
     }
 
     private func checkStopped() throws(MigrationError) {
@@ -229,8 +238,14 @@ public final class ByteChannel: Sendable {
     }
 
     private func wait(for events: Int16, _ idleMilliseconds: Int, _ what: String) throws(MigrationError) {
-        guard try pollUntilReady(events: events, idleMilliseconds) else {
-            throw .timedOut(what, milliseconds: idleMilliseconds)
+        let end = deadline.load(ordering: .relaxed)
+        var limit = idleMilliseconds
+        if end > 0 {
+            let now = monotonicNanoseconds()
+            limit = min(limit, end > now ? Int((end - now) / 1_000_000) + 1 : 0)
+        }
+        guard limit > 0, try pollUntilReady(events: events, limit) else {
+            throw limit < idleMilliseconds ? .tooSlow(what) : .timedOut(what, milliseconds: idleMilliseconds)
         }
     }
 

@@ -144,6 +144,12 @@ private struct ReceivingRun {
                 guard let pages = header.pages(in: memory) else { throw .badStream("a mark outside RAM") }
                 try drop(pages, memory, touched)
                 if header.type == .zero { report.zeroPages += pages.count } else { report.discardMarks += pages.count }
+            case .verify:
+                guard let pages = header.pages(in: memory) else { throw .badStream("checksums outside RAM") }
+                let checksums = try reader.payload(of: header, idleMilliseconds: idle)
+                if let wrong = Verification.differences(pages, checksums, in: memory) {
+                    throw .notVerified(page: wrong.first, count: wrong.count)
+                }
             case .state:
                 sections.append(try receiveSection(header))
             case .roundEnd:

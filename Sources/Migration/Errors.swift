@@ -30,6 +30,13 @@ public enum MigrationError: Error, Equatable, Sendable, CustomStringConvertible 
     case peerFailed(String)
     /// A part of this side's machine failed.
     case machineFailed(doing: String, why: String)
+    /// Bytes move, but so slowly that waiting on would keep the guest from running for too long.
+    case tooSlow(String)
+    /// Memory at the destination is not what it is at the source: the first such page frame, and how many in its run.
+    case notVerified(page: Int, count: Int)
+    /// The time for the migration was over before the rest was small enough.
+    /// Speeds are in bytes a second, 0 where not known yet.
+    case notConverging(milliseconds: Int, dirtiedPerSecond: Int, sentPerSecond: Int)
     /// The migration failed for `cause`, and then the guest could not be resumed. It is whole, but paused.
     case notResumed(cause: String, why: String)
     /// The destination owns the guest, but could not start it. The source will not run it any more.
@@ -57,6 +64,13 @@ public enum MigrationError: Error, Equatable, Sendable, CustomStringConvertible 
         case .refused(let why): "the destination refused: \(why)"
         case .peerFailed(let why): "the other side gave up: \(why)"
         case .machineFailed(let doing, let why): "\(doing) failed: \(why)"
+        case .tooSlow(let what): "\(what) goes on too slowly; the guest is not kept waiting any longer"
+        case .notVerified(let page, let count):
+            "memory arrived wrong: \(count) pages from page frame 0x\(String(page, radix: 16)) on differ; the guest stays at "
+                + "the source; please report this"
+        case .notConverging(let milliseconds, let dirtied, let sent):
+            "given up after \(milliseconds) ms: the guest dirties \(dirtied >> 20) MiB/s and \(sent >> 20) MiB/s are sent; try "
+                + "--auto-converge, a longer --timeout, more --bandwidth or --downtime, or --timeout-action force"
         case .notResumed(let cause, let why):
             "\(cause); the guest is still here but could not be resumed: \(why); resume it by hand"
         case .notStarted(let why):

@@ -22,6 +22,8 @@ public final class MigrationBitmap {
     private let ram: PageBitmap
     /// Pages whose last word in the stream was data: what the destination holds of them is not zero.
     private let held: PageBitmap
+    /// Pages whose last word in the stream is that they were skipped.
+    private let passedOver: PageBitmap
     private let scratch: PageBitmap
     private var cursor = 0
 
@@ -31,6 +33,7 @@ public final class MigrationBitmap {
         pages = PageBitmap(bitCount: memory.frameCount)
         ram = PageBitmap(bitCount: memory.frameCount)
         held = PageBitmap(bitCount: memory.frameCount)
+        passedOver = PageBitmap(bitCount: memory.frameCount)
         scratch = PageBitmap(bitCount: memory.frameCount)
         for region in memory.regions { ram.set(region.range.pages) }
     }
@@ -84,9 +87,29 @@ public final class MigrationBitmap {
     }
 
     /// To be called when data of `run` goes into the stream.
-    func sentData(_ run: Range<Int>) { held.set(run) }
+    func sentData(_ run: Range<Int>) {
+        held.set(run)
+        passedOver.clear(run)
+    }
     /// To be called when a zero mark for `run` goes into the stream.
-    func sentZero(_ run: Range<Int>) { held.clear(run) }
+    func sentZero(_ run: Range<Int>) {
+        held.clear(run)
+        passedOver.clear(run)
+    }
+
+    /// The next run, at or after `page`, of pages whose contents the destination was told: all RAM but what was skipped.
+    /// At most `limit` pages, within one region.
+    func nextTold(from page: Int, limit: Int) -> Range<Int>? {
+        for region in memory.regions where region.range.pages.upperBound > page {
+            let end = region.range.pages.upperBound
+            var first = max(page, region.range.pages.lowerBound)
+            while first < end, passedOver[first] { first += 1 }
+            guard first < end else { continue }
+            let next = min(passedOver.next(from: first) ?? end, end)
+            return first..<min(next, first + limit)
+        }
+        return nil
+    }
 
     // MARK: The hint window
 
@@ -121,6 +144,10 @@ public final class MigrationBitmap {
             return Masked(isAccepted: false, skipped: 0, stale: nil)
         }
         let stale = takeStale(report.pages)
+        for index in 0..<pages.wordCount {
+            let bits = pages.word(index) & report.pages.word(index)
+            if bits != 0 { passedOver.merge(bits, intoWord: index) }
+        }
         let skipped = pages.subtract(report.pages)  // W4: masking only
         dirtyCount -= skipped
         return Masked(isAccepted: true, skipped: skipped, stale: stale)

@@ -93,9 +93,16 @@ public protocol OutgoingGuest: AnyObject, Sendable {
     func pause() throws(PartFailure)
     /// Lets the guest run on.
     func resume() throws(PartFailure)
+    /// Keeps the vCPUs from running for `percent` (0 to 99) of the time; 0 ends that. Does not wait. A machine that
+    /// cannot do it ignores the call.
+    func throttle(percent: Int)
     /// The whole state besides memory, of the paused guest. May itself write guest memory; what it writes is in the
     /// trackers' next collection.
     func saveState() throws(PartFailure) -> [StateSection]
+}
+
+extension OutgoingGuest {
+    public func throttle(percent: Int) {}
 }
 
 /// The machine as the destination's receiver sees it.

@@ -10,15 +10,33 @@ public struct MigrationOptions: Sendable, Codable, Equatable {
     public var hintTimeoutMilliseconds = 200
     /// Below this many dirty pages a later round does not ask: sending them is quicker.
     public var hintMinimumPages = 256
-    /// After so many rounds the guest is stopped, however much is left. At least 1.
-    public var maxRounds = 30
+    /// After so many rounds the guest is stopped, however much is left; 0: rounds go on until the rest is small.
+    public var maxRounds = 0
     /// Bytes per second on the wire before the guest is stopped; 0: no limit. Values from 1 to 65535 count as 65536.
     public var bandwidthLimit = 0
+    /// The whole migration may take so long before the guest is stopped; 0: no limit. What then happens is
+    /// `timeoutAction`.
+    public var timeoutMilliseconds = 0
+    public var timeoutAction = TimeoutAction.cancel
+    /// Slow the vCPUs down, in steps, while the guest dirties memory faster than it can be sent.
+    public var autoConverge = false
+    /// Wait, with the guest running and the rest kept small, until `MigrationSource.allowSwitchOver()`.
+    public var pauseBeforeSwitchOver = false
+    /// Compare a checksum of each page that was not skipped before the guest is given away.
+    public var verify = false
     /// How long the destination may keep silent or take nothing.
     public var idleTimeoutMilliseconds = 60_000
     /// How long to wait for the acknowledgement of the commit.
     public var commitTimeoutMilliseconds = 10_000
     public init() {}
+}
+
+/// What to do with a migration that takes too long.
+public enum TimeoutAction: String, Codable, Sendable {
+    /// Give it up; the guest runs on at the source.
+    case cancel
+    /// Stop the guest and send the rest, however long that takes.
+    case force
 }
 
 /// How a migration's source ended, where it did not throw.
@@ -56,6 +74,8 @@ public struct MigrationRound: Codable, Sendable, Equatable {
     public var hintLatencyMilliseconds = 0.0
     /// The driver's own figures.
     public var figures: HintFigures?
+    /// Percent of the time that the vCPUs were kept from running.
+    public var throttlePercent = 0
     /// The guest was stopped.
     public var stopped = false
     init(number: Int) { self.number = number }
@@ -98,6 +118,10 @@ public struct MigrationReport: Codable, Sendable, Equatable {
     public var droppedPages = 0
     public var rounds: [MigrationRound] = []
     public var stateBytes = 0
+    /// Pages whose checksums were compared and agreed; 0 if that was not asked for.
+    public var verifiedPages = 0
+    /// The most that auto-converge slowed the vCPUs down, in percent of their time.
+    public var throttlePercent = 0
     public var totalMilliseconds = 0.0
     public var downtimeMilliseconds = 0.0
     public var downtime = DowntimeParts()
@@ -106,7 +130,7 @@ public struct MigrationReport: Codable, Sendable, Equatable {
 
 /// Where a migration stands.
 public struct MigrationProgress: Codable, Sendable, Equatable {
-    public enum Phase: String, Codable, Sendable { case connecting, rounds, stopped, state, commit, done }
+    public enum Phase: String, Codable, Sendable { case connecting, rounds, waiting, stopped, state, commit, done }
     public var phase: Phase
     /// From 1; 0 before the first.
     public var round: Int
@@ -119,6 +143,10 @@ public struct MigrationProgress: Codable, Sendable, Equatable {
     public var skippedPages: Int
     /// Bytes per second while sending; 0 as long as it is not known.
     public var bytesPerSecond: Double
+    /// Pages a second that the guest dirtied during the last round.
+    public var dirtyPagesPerSecond: Double
+    /// Percent of the time that the vCPUs are kept from running.
+    public var throttlePercent: Int
     public var milliseconds: Double
 }
 

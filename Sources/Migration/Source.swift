@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+internal import GuestMemory
 internal import Synchronization
 
 /// The source of one migration: sends a running guest to a `MigrationReceiver`.
@@ -15,21 +16,26 @@ public final class MigrationSource: Sendable {
     private let trackers: [any DirtyTracker]
     private let hinter: (any FreePageHinter)?
     private let options: MigrationOptions
-    private let progress: (@Sendable (MigrationProgress) -> Void)?
+    private let progress: (@Sendable (MigrationProgress, MigrationRound?) -> Void)?
     private let state = Mutex<(stage: Stage, channel: ByteChannel?)>((.open, nil))
+    private let gate: SwitchOverGate
 
     /// `trackers` are those of all writers but the VMM itself, whose own log is always added (rule W3). `progress` is
-    /// called on `run`'s thread, about every 200 ms and after each round.
+    /// called on `run`'s thread, about every 200 ms and after each round, which it then gets too.
     public init(
         guest: any OutgoingGuest, trackers: [any DirtyTracker], hinter: (any FreePageHinter)? = nil,
-        options: MigrationOptions = MigrationOptions(), progress: (@Sendable (MigrationProgress) -> Void)? = nil
+        options: MigrationOptions = MigrationOptions(), progress: (@Sendable (MigrationProgress, MigrationRound?) -> Void)? = nil
     ) {
         self.guest = guest
         self.trackers = trackers
         self.hinter = hinter
         self.options = options
         self.progress = progress
+        gate = SwitchOverGate(isOpen: !options.pauseBeforeSwitchOver)
     }
+
+    /// Lets a migration with `pauseBeforeSwitchOver` stop the guest and finish. From any thread, at any time.
+    public func allowSwitchOver() { gate.open() }
 
     /// Calls the migration off, if the destination was not told to take the guest yet; tells whether it was in time.
     /// `run` then throws `cancelled`, with the guest running here.
@@ -46,7 +52,8 @@ public final class MigrationSource: Sendable {
     /// paused here for good, or with the outcome `unknown`.
     public func run(over channel: ByteChannel) throws(MigrationError) -> MigrationReport {
         let run = SourceRun(
-            guest: guest, trackers: trackers, hinter: hinter, options: options, channel: channel, progress: progress)
+            guest: guest, trackers: trackers, hinter: hinter, options: options, channel: channel, gate: gate,
+            progress: progress)
         do throws(MigrationError) {
             let isCancelled = state.withLock {
                 $0.channel = channel
@@ -73,6 +80,14 @@ public final class MigrationSource: Sendable {
     }
 }
 
+/// Whether the guest may be stopped yet.
+final class SwitchOverGate: Sendable {
+    private let opened: Atomic<Bool>
+    init(isOpen: Bool) { opened = Atomic(isOpen) }
+    func open() { opened.store(true, ordering: .releasing) }
+    var isOpen: Bool { opened.load(ordering: .acquiring) }
+}
+
 /// One migration being sent; lives on one thread.
 final class SourceRun {
     private static let progressNanoseconds: UInt64 = 200_000_000
@@ -88,7 +103,7 @@ final class SourceRun {
     private let bitmap: MigrationBitmap
     private let pageSender: PageSender
     private var writer: FrameWriter { pageSender.writer }
-    private let progress: (@Sendable (MigrationProgress) -> Void)?
+    private let progress: (@Sendable (MigrationProgress, MigrationRound?) -> Void)?
     private var report = MigrationReport()
     private var round = MigrationRound(number: 0)
     private var phase = MigrationProgress.Phase.connecting
@@ -99,11 +114,17 @@ final class SourceRun {
     private var pausedAt: UInt64 = 0
     private var hasAsked = false
     private var unanswered = 0
+    private let gate: SwitchOverGate
+    private var convergence = Convergence()
+    /// The time is up and the rest is to be sent with the guest stopped.
+    private var isForced = false
+    private var dirtyPagesPerSecond = 0.0
 
     init(
         guest: any OutgoingGuest, trackers: [any DirtyTracker], hinter: (any FreePageHinter)?, options: MigrationOptions,
-        channel: ByteChannel, progress: (@Sendable (MigrationProgress) -> Void)?
+        channel: ByteChannel, gate: SwitchOverGate, progress: (@Sendable (MigrationProgress, MigrationRound?) -> Void)?
     ) {
+        self.gate = gate
         self.guest = guest
         self.trackers = trackers
         self.hinter = hinter
@@ -131,7 +152,9 @@ final class SourceRun {
         }
         showProgress()
         try writer.send(.hello, payload: description)
+        channel.setDeadline(milliseconds: Double(options.idleTimeoutMilliseconds))
         try expect(.ready, options.idleTimeoutMilliseconds)
+        channel.setDeadline(milliseconds: nil)
 
         let tracking = try ArmedTracking(arming: trackers, of: guest.memory)
         bitmap.markAll()
@@ -146,19 +169,67 @@ final class SourceRun {
     /// Rounds with the guest running, until the rest is small. Returns the pages seen dirty since the last round.
     private func sendRounds(_ tracking: borrowing ArmedTracking) throws(MigrationError) -> Int {
         phase = .rounds
-        let last = max(1, min(options.maxRounds, StreamLimits.rounds - 1))
         var number = 1
         while true {
             round = MigrationRound(number: number)
             let start = monotonicNanoseconds()
             // Not before the first round: every bit is set, and a merge could not add to that.
-            if number > 1 {
-                round.dirtied = try bitmap.merge(tracking)
-                if isRestSmall || number > last { return round.dirtied }
-            }
+            if number > 1, try collectUntilWorthARound(tracking, after: number - 1) { return round.dirtied }
+            round.throttlePercent = convergence.throttlePercent
             try hint(tracking)
             try sendRound(since: start)
             number += 1
+        }
+    }
+
+    /// Collects what was dirtied. True if the guest is to be stopped now; false if another round is due.
+    private func collectUntilWorthARound(
+        _ tracking: borrowing ArmedTracking, after rounds: Int
+    ) throws(MigrationError) -> Bool {
+        round.dirtied = try bitmap.merge(tracking)
+        judgeConvergence()
+        let isLast = options.maxRounds > 0 && rounds >= options.maxRounds || rounds >= StreamLimits.rounds - 1
+        // While nobody allows the switch-over and the rest is small, collecting is all there is to do.
+        while isForced || isRestSmall || isLast {
+            if gate.isOpen { return true }
+            try waitAtGate()
+            round.dirtied += try bitmap.merge(tracking)
+        }
+        phase = .rounds
+        return false
+    }
+
+    /// Compares what the last round sent with what the guest dirtied meanwhile, and slows the vCPUs down if it must.
+    private func judgeConvergence() {
+        guard let last = report.rounds.last else { return }
+        dirtyPagesPerSecond = Double(round.dirtied) / max(last.milliseconds, 1) * 1000
+        guard options.autoConverge, !isRestSmall,
+            convergence.judge(sentBytes: last.bytes, dirtiedBytes: UInt64(round.dirtied) &* 4096)
+        else { return }
+        report.throttlePercent = convergence.throttlePercent
+        guest.throttle(percent: convergence.throttlePercent)
+    }
+
+    /// Everything but the rest is sent and nobody has allowed the switch-over yet: the rest is kept small at leisure.
+    private func waitAtGate() throws(MigrationError) {
+        phase = .waiting
+        showProgress()
+        try channel.sleep(nanoseconds: 100_000_000)
+        try hearDestination()
+        try checkTimeout()
+    }
+
+    /// Ends a migration that takes too long, or makes it end.
+    private func checkTimeout() throws(MigrationError) {
+        guard options.timeoutMilliseconds > 0, !isForced, !isPaused,
+            milliseconds(since: started) > Double(options.timeoutMilliseconds)
+        else { return }
+        switch options.timeoutAction {
+        case .cancel:
+            throw .notConverging(
+                milliseconds: options.timeoutMilliseconds, dirtiedPerSecond: Int(dirtyPagesPerSecond * Double(pageSize)),
+                sentPerSecond: Int(pageSender.measuredBytesPerSecond))
+        case .force: isForced = true
         }
     }
 
@@ -171,7 +242,8 @@ final class SourceRun {
     /// Sends what the bitmap holds, and the round's end.
     private func sendRound(since start: UInt64) throws(MigrationError) {
         let before = channel.bytesSent
-        while let run = bitmap.takeRun(limit: 1024) {
+        // A round that is cut short leaves its pages in the bitmap for the stopped one.
+        while !isForced || isPaused, let run = bitmap.takeRun(limit: 1024) {
             try pageSender.send(run, &round)
             try keepUp()
         }
@@ -180,13 +252,17 @@ final class SourceRun {
         round.bytes &+= channel.bytesSent &- before
         round.milliseconds = milliseconds(since: start)
         finish(round)
-        showProgress()
+        showProgress(report.rounds.last)
     }
 
     /// Stops the guest and sends everything else.
     private func stopAndSendRest(_ tracking: borrowing ArmedTracking, dirtiedBefore: Int) throws(MigrationError) {
         phase = .stopped
         pausedAt = monotonicNanoseconds()
+        // A destination that takes a byte now and then must not keep the guest standing: the time that the rest should
+        // take, several times over, and then the guest runs on here.
+        let expected = Double(bitmap.dirtyCount * pageSize) / pageSender.bytesPerSecond * 1000
+        channel.setDeadline(milliseconds: Double(options.idleTimeoutMilliseconds) + 4 * expected)
         // Before the call: a pause that fails half-way has to be taken back as well.
         isPaused = true
         do { try guest.pause() } catch { throw .machineFailed(doing: "pausing the guest", why: error.what) }
@@ -196,6 +272,7 @@ final class SourceRun {
             return milliseconds(since: mark)
         }
         report.downtime.pause = milliseconds(since: pausedAt)
+        if convergence.throttlePercent > 0 { guest.throttle(percent: 0) }
         round = MigrationRound(number: report.rounds.count + 1)
         round.stopped = true
         round.dirtied = dirtiedBefore + (try bitmap.merge(tracking))
@@ -206,11 +283,27 @@ final class SourceRun {
         report.downtime.collectAndSave = lap()
         pageSender.isThrottled = false
         try sendRound(since: mark)  // W8: the stopped round never waits for the guest
+        if options.verify { try sendChecksums() }
         report.downtime.memory = lap()
         phase = .state
         try send(sections)
         try expect(.loaded, options.idleTimeoutMilliseconds)
         report.downtime.state = lap()
+    }
+
+    /// Checksums of every page whose contents the destination was told.
+    private func sendChecksums() throws(MigrationError) {
+        var page = 0
+        while let pages = bitmap.nextTold(from: page, limit: Verification.pagesInFrame) {
+            guard let checksums = Verification.checksums(of: pages, in: guest.memory) else {
+                throw .machineFailed(doing: "verifying memory", why: "pages at \(pages.lowerBound) are not RAM")
+            }
+            try writer.send(
+                .verify, count: UInt32(truncatingIfNeeded: pages.count), address: UInt64(pages.lowerBound) << pageShift,
+                payload: checksums)
+            report.verifiedPages += pages.count
+            page = pages.upperBound
+        }
     }
 
     private func send(_ sections: [StateSection]) throws(MigrationError) {
@@ -231,6 +324,7 @@ final class SourceRun {
     /// Gives the guest away. Throws only if the destination certainly does not have it.
     func commit() throws(MigrationError) {
         phase = .commit
+        channel.setDeadline(milliseconds: nil)
         showProgress()
         let (start, before) = (monotonicNanoseconds(), channel.bytesSent)
         do {
@@ -264,6 +358,8 @@ final class SourceRun {
 
     /// Takes the migration back; returns the error for the caller.
     func giveUp(_ cause: MigrationError) -> MigrationError {
+        channel.setDeadline(milliseconds: nil)
+        if convergence.throttlePercent > 0 { guest.throttle(percent: 0) }
         if hasAsked { hinter?.stop() }
         var failure = cause
         if isPaused {
@@ -360,14 +456,19 @@ final class SourceRun {
     /// Between batches: hears a destination that gave up, and reports progress.
     private func keepUp() throws(MigrationError) {
         guard pageSender.takeFlushed() else { return }
-        if reader.hasInput {
-            let answer = try readAnswer(options.idleTimeoutMilliseconds)
-            guard answer.type == .failure else {
-                throw .badStream("the destination sent a \(answer.type) frame while memory was being sent")
-            }
-            throw .peerFailed(answer.text)
-        }
+        try checkTimeout()
+        try hearDestination()
         if monotonicNanoseconds() &- lastProgress >= SourceRun.progressNanoseconds { showProgress() }
+    }
+
+    /// Throws if the destination gave up. Does not wait.
+    private func hearDestination() throws(MigrationError) {
+        guard reader.hasInput else { return }
+        let answer = try readAnswer(options.idleTimeoutMilliseconds)
+        guard answer.type == .failure else {
+            throw .badStream("the destination sent a \(answer.type) frame while memory was being sent")
+        }
+        throw .peerFailed(answer.text)
     }
 
     // MARK: Figures
@@ -391,7 +492,7 @@ final class SourceRun {
         return report
     }
 
-    private func showProgress() {
+    private func showProgress(_ ended: MigrationRound? = nil) {
         guard let progress else { return }
         lastProgress = monotonicNanoseconds()
         progress(
@@ -399,6 +500,8 @@ final class SourceRun {
                 phase: phase, round: round.number, ramPages: report.ramPages, remainingPages: bitmap.dirtyCount,
                 bytes: channel.bytesSent &- firstByte, pagesSent: report.pagesSent + round.sent,
                 zeroPages: report.zeroPages + round.zero, skippedPages: report.skippedPages + round.skipped,
-                bytesPerSecond: pageSender.measuredBytesPerSecond, milliseconds: milliseconds(since: started)))
+                bytesPerSecond: pageSender.measuredBytesPerSecond, dirtyPagesPerSecond: dirtyPagesPerSecond,
+                throttlePercent: convergence.throttlePercent, milliseconds: milliseconds(since: started)),
+            ended)
     }
 }

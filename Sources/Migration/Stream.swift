@@ -34,6 +34,8 @@ package enum FrameType: UInt8, CaseIterable, Sendable {
     case cancel = 13
     /// Either: something failed before the commit; the reason as payload.
     case failure = 14
+    /// Source: the CRC-32C of each of `count` pages from `address` on, as payload.
+    case verify = 15
 }
 
 /// What a receiver accepts at most. A sender keeps to the same.
@@ -202,7 +204,8 @@ final class FrameWriter {
 
     /// Sends one frame with the checksum of its payload, after all queued ones.
     func send(
-        _ type: FrameType, count: UInt32 = 0, payload: [UInt8] = [], idleMilliseconds limit: Int? = nil
+        _ type: FrameType, count: UInt32 = 0, address: UInt64 = 0, payload: [UInt8] = [],
+        idleMilliseconds limit: Int? = nil
     ) throws(MigrationError) {
         if isFull { try flush() }
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: max(payload.count, 1), alignment: 16)
@@ -211,7 +214,8 @@ final class FrameWriter {
         let checksum = payload.isEmpty ? 0 : lacuna_crc32c(0, buffer.baseAddress, payload.count)
         queue(
             FrameHeader(
-                type, count: count, payloadBytes: UInt32(truncatingIfNeeded: payload.count), payloadChecksum: checksum),
+                type, count: count, address: address, payloadBytes: UInt32(truncatingIfNeeded: payload.count),
+                payloadChecksum: checksum),
             payload: payload.isEmpty ? nil : buffer.baseAddress)
         try flush(limit ?? idleMilliseconds)
     }

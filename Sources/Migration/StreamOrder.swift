@@ -27,6 +27,8 @@ package struct StreamOrder: Sendable {
     private var pagesInRound = 0
     /// True if frames about memory came since the last round's end.
     private var roundIsOpen = false
+    /// Pages that verify frames named; they come once, after the last round.
+    private var pagesVerified = 0
     private var sections = 0
     private var stateBytes = 0
 
@@ -66,6 +68,14 @@ package struct StreamOrder: Sendable {
             guard rounds < StreamLimits.rounds else { throw .badStream("more than \(rounds) rounds") }
             rounds += 1
             (pagesInRound, roundIsOpen) = (0, false)
+        case (.memory, .verify) where rounds > 0 && !roundIsOpen:
+            guard let memory, let pages = header.pages(in: memory), pages.count <= Verification.pagesInFrame,
+                Int(header.payloadBytes) == pages.count * Verification.checksumBytes
+            else { throw .badStream("a verify frame of \(header.count) pages has \(header.payloadBytes) bytes") }
+            pagesVerified += pages.count
+            guard pagesVerified <= memory.ramPages else {
+                throw .badStream("verify frames name more pages than the machine has")
+            }
         case (.memory, .state) where rounds > 0 && !roundIsOpen, (.state, .state):
             try acceptState(header)
             phase = .state

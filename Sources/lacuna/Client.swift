@@ -57,14 +57,10 @@ enum Client {
     }
 
     static func migrate(_ words: ArraySlice<String>) throws(Complaint) {
-        let arguments = try Arguments(
-            words, options: ["control", "to", "json", "downtime", "hint-timeout", "bandwidth"], flags: ["skip-free-pages"])
+        if words.contains("--status") { return try migrationStatus(words) }
+        let arguments = try Arguments(words, options: migrationOptions.union(["control", "to"]), flags: migrationFlags)
         let to = try arguments.required("to")
-        var options = MigrationRequest()
-        options.skipFreePages = arguments[flag: "skip-free-pages"]
-        options.downtimeMilliseconds = try arguments.integer("downtime", in: 1...3_600_000)
-        options.hintTimeoutMilliseconds = try arguments.integer("hint-timeout", in: 1...600_000)
-        options.bandwidth = try arguments.size("bandwidth")
+        let options = try migrationRequest(arguments)
 
         // Before the guest moves: a report that cannot be written should not be found out afterwards.
         let json = arguments["json"]
@@ -96,10 +92,45 @@ enum Client {
         if let report = final.report { write(Array((summary(report) + "\n").utf8), to: 1) }
     }
 
+    static let migrationOptions: Set<String> = [
+        "json", "downtime", "hint-timeout", "bandwidth", "timeout", "timeout-action", "max-rounds",
+    ]
+    static let migrationFlags: Set<String> = ["skip-free-pages", "auto-converge", "pause-before-switch-over", "verify"]
+
+    static func migrationRequest(_ arguments: Arguments) throws(Complaint) -> MigrationRequest {
+        var options = MigrationRequest()
+        options.skipFreePages = arguments[flag: "skip-free-pages"]
+        options.autoConverge = arguments[flag: "auto-converge"]
+        options.pauseBeforeSwitchOver = arguments[flag: "pause-before-switch-over"]
+        options.verify = arguments[flag: "verify"]
+        options.downtimeMilliseconds = try arguments.integer("downtime", in: 1...3_600_000)
+        options.hintTimeoutMilliseconds = try arguments.integer("hint-timeout", in: 1...600_000)
+        options.timeoutMilliseconds = try arguments.integer("timeout", in: 1...86_400_000)
+        options.maxRounds = try arguments.integer("max-rounds", in: 1...99_999)
+        options.bandwidth = try arguments.size("bandwidth")
+        if let text = arguments["timeout-action"] {
+            guard let action = TimeoutAction(rawValue: text) else {
+                throw .usage("--timeout-action takes cancel or force, not '\(text)'")
+            }
+            guard options.timeoutMilliseconds != nil else { throw .usage("--timeout-action needs --timeout") }
+            options.timeoutAction = action
+        }
+        return options
+    }
+
+    private static func migrationStatus(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(words, options: ["control"], flags: ["status"])
+        let request = ControlRequest(command: .migrationStatus)
+        let reply = try done(try ask(try arguments.required("control"), request))
+        if let migration = reply.migration { write(JSON.pretty(migration), to: 1) }
+    }
+
     private static func summary(_ report: MigrationReport) -> String {
         let ram = Double(report.ramPages) / 256, sent = Double(report.bytes) / 1_048_576
         return "migrated: \(rounded(sent)) MiB sent for \(rounded(ram)) MiB of RAM, \(rounded(Double(report.skippedPages) / 256)) MiB skipped, "
             + "\(report.rounds.count) rounds, \(rounded(report.totalMilliseconds)) ms, downtime \(rounded(report.downtimeMilliseconds)) ms"
+            + (report.verifiedPages > 0 ? ", \(report.verifiedPages) pages verified" : "")
+            + (report.throttlePercent > 0 ? ", vCPUs slowed down by up to \(report.throttlePercent) %" : "")
     }
     private static func rounded(_ value: Double) -> String { String(Int(value.rounded())) }
 }

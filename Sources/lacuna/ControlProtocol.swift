@@ -5,7 +5,9 @@ import Migration
 
 /// What a client asks of a running guest: one JSON object on a line.
 struct ControlRequest: Codable, Sendable {
-    enum Command: String, Codable { case migrate, status, pause, resume, type, stop }
+    enum Command: String, Codable {
+        case migrate, migrationStatus, switchOver, cancel, status, pause, resume, type, stop
+    }
     var command: Command
     /// migrate: the channel's address
     var to: String?
@@ -22,6 +24,12 @@ struct MigrationRequest: Codable, Sendable {
     var downtimeMilliseconds: Int?
     var hintTimeoutMilliseconds: Int?
     var bandwidth: UInt64?
+    var timeoutMilliseconds: Int?
+    var timeoutAction: TimeoutAction?
+    var autoConverge = false
+    var pauseBeforeSwitchOver = false
+    var verify = false
+    var maxRounds: Int?
 }
 
 /// What comes back: lines of JSON, any number with `progress`, then one with `error` or `done`.
@@ -31,6 +39,18 @@ struct ControlReply: Codable, Sendable {
     var done: Bool?
     var status: MachineStatus?
     var report: MigrationReport?
+    var migration: MigrationStatus?
+}
+
+/// The migration under way, or the last one.
+struct MigrationStatus: Codable, Sendable {
+    var to: String
+    var isUnderWay = true
+    var progress: MigrationProgress?
+    var rounds: [MigrationRound] = []
+    /// How it ended, where it did.
+    var report: MigrationReport?
+    var error: String?
 }
 
 struct MachineStatus: Codable, Sendable {

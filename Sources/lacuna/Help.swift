@@ -12,7 +12,12 @@ let help = """
 
     Talk to a running guest through its control socket:
       migrate  --control SOCKET --to ADDRESS [--skip-free-pages] [--json FILE]
-               [--downtime MS] [--hint-timeout MS] [--bandwidth BYTES]
+               [--downtime MS] [--hint-timeout MS] [--bandwidth BYTES] [--auto-converge]
+               [--timeout MS [--timeout-action cancel|force]] [--max-rounds N]
+               [--pause-before-switch-over] [--verify]
+      migrate  --control SOCKET --status
+      switch-over  --control SOCKET
+      cancel   --control SOCKET
       status   --control SOCKET
       pause    --control SOCKET
       resume   --control SOCKET
@@ -33,6 +38,13 @@ let help = """
       --downtime MS        how long the guest may stand still at the end (300)
       --hint-timeout MS    how long to wait for the guest's answer in each round (200)
       --bandwidth BYTES    at most so many bytes a second, as 100M (no limit)
+      --auto-converge      slow the vCPUs down, in steps, while the guest dirties memory faster than it is sent
+      --timeout MS         the migration may take so long before the guest is stopped (no limit)
+      --timeout-action X   then: cancel, and the guest stays here; or force, and it stands still for the rest (cancel)
+      --max-rounds N       stop the guest after so many rounds, whatever is left (no limit)
+      --pause-before-switch-over  wait, with the guest running, for `lacuna switch-over`
+      --verify             compare a checksum of every page sent at the end; costs downtime
+      --status             print where the migration stands, or how the last one ended, as JSON
       --text TEXT          typed at the guest's console; \\n ends a line
       --power-button       ask the guest to switch itself off instead of ending it at once
 

@@ -8,13 +8,21 @@ import Synchronization
 final class RunningGuest: Sendable {
     private struct State {
         var machine: Machine?
+        /// The migration under way, to call it off or let it finish.
+        var source: MigrationSource?
+        /// Some migration is being set up or under way.
         var migrating = false
+        /// What is known of the migration under way, or of the last one.
+        var migration: MigrationStatus?
         /// The guest is to end, whatever machine it is in by then.
         var isStopping = false
         /// Why the guest stands still, where nobody asked for it.
         var reason: String?
+        /// Where the control socket is.
+        var controlPath: String?
     }
     private let state = Mutex(State())
+    private var controlPath: String? { state.withLock { $0.controlPath } }
 
     var machine: Machine? { state.withLock { $0.machine } }
     var isStopping: Bool { state.withLock { $0.isStopping } }
@@ -23,6 +31,7 @@ final class RunningGuest: Sendable {
     /// Answers requests at `path` until the process ends.
     func serve(at path: String) throws(Complaint) {
         let listener = try LocalSocket.listen(path)
+        state.withLock { $0.controlPath = path }
         startThread(named: "control") { [self] in
             while let peer = listener.accept() { startThread(named: "control peer") { self.converse(peer) } }
         }
@@ -53,6 +62,18 @@ final class RunningGuest: Sendable {
         case .migrate:
             try migrate(request, for: peer)
             return
+        case .migrationStatus:
+            guard let migration = state.withLock({ $0.migration }) else {
+                throw Complaint("this guest was not migrated since it came here")
+            }
+            peer.send(JSON.line(ControlReply(done: true, migration: migration)))
+            return
+        case .cancel:
+            guard let source = state.withLock({ $0.source }) else { throw Complaint("this guest is not being migrated") }
+            guard source.cancel() else { throw Complaint("too late: the destination was told to take the guest") }
+        case .switchOver:
+            guard let source = state.withLock({ $0.source }) else { throw Complaint("this guest is not being migrated") }
+            source.allowSwitchOver()
         case .stop:
             if request.powerButton == true {
                 try current().pressPowerButton()
@@ -99,29 +120,48 @@ final class RunningGuest: Sendable {
         guard machine.activity == .running else {
             throw Complaint("the guest is not running (\(machine.activity.rawValue)); resume it before you migrate it")
         }
-        let asked = request.options ?? MigrationRequest()
-        var options = MigrationOptions()
-        options.skipFreePages = asked.skipFreePages
-        if let value = asked.downtimeMilliseconds { options.downtimeLimitMilliseconds = value }
-        if let value = asked.hintTimeoutMilliseconds { options.hintTimeoutMilliseconds = value }
-        if let value = asked.bandwidth { options.bandwidthLimit = Int(clamping: value) }
+        let options = (request.options ?? MigrationRequest()).options
 
         let isFirst = state.withLock { state in
             defer { state.migrating = true }
             return !state.migrating
         }
         guard isFirst else { throw Complaint("this guest is being migrated already; wait until that ends") }
-        defer { state.withLock { $0.migrating = false } }
+        defer { state.withLock { ($0.migrating, $0.source) = (false, nil) } }
 
         let address = try ChannelAddress(parsing: request.to ?? "")
+        try refuseOwnSocket(address)
         let channel = try ByteChannel.connect(to: address)
         let outgoing = OutgoingMachine(machine)
         let source = MigrationSource(
             guest: outgoing, trackers: outgoing.trackers, hinter: outgoing.hinter, options: options
-        ) { progress in
+        ) { progress, round in
+            self.state.withLock {
+                $0.migration?.progress = progress
+                if let round { $0.migration?.rounds.append(round) }
+            }
             peer.send(JSON.line(ControlReply(progress: progress.line)))
         }
-        let report = try source.run(over: channel)
+        state.withLock {
+            $0.source = source
+            $0.migration = MigrationStatus(to: address.description)
+        }
+        let report: MigrationReport
+        do throws(MigrationError) {
+            report = try source.run(over: channel)
+        } catch {
+            state.withLock {
+                $0.migration?.isUnderWay = false
+                $0.migration?.error = error.description
+                // The one failure that leaves the guest paused: `status` has to show why.
+                if case .notResumed = error { $0.reason = error.description }
+            }
+            throw error
+        }
+        state.withLock {
+            $0.migration?.isUnderWay = false
+            $0.migration?.report = report
+        }
         switch report.outcome {
         case .completed:
             state.withLock { $0.reason = "migrated to \(address)" }
@@ -136,11 +176,42 @@ final class RunningGuest: Sendable {
     }
 }
 
+extension RunningGuest {
+    /// A guest cannot move to where it is. Its control socket is the only thing of this process that listens.
+    private func refuseOwnSocket(_ address: ChannelAddress) throws(Complaint) {
+        guard case .unix(let path) = address, let own = controlPath else { return }
+        var (there, here) = (stat(), stat())
+        guard stat(path, &there) == 0, stat(own, &here) == 0, there.st_ino == here.st_ino, there.st_dev == here.st_dev
+        else { return }
+        throw Complaint("\(address) is this guest's own control socket; give the address that `lacuna receive` listens at")
+    }
+}
+
+extension MigrationRequest {
+    /// The operator's choices, and the standard for the others.
+    var options: MigrationOptions {
+        var options = MigrationOptions()
+        options.skipFreePages = skipFreePages
+        if let value = downtimeMilliseconds { options.downtimeLimitMilliseconds = value }
+        if let value = hintTimeoutMilliseconds { options.hintTimeoutMilliseconds = value }
+        if let value = bandwidth { options.bandwidthLimit = Int(clamping: value) }
+        if let value = timeoutMilliseconds { options.timeoutMilliseconds = value }
+        if let value = timeoutAction { options.timeoutAction = value }
+        if let value = maxRounds { options.maxRounds = value }
+        options.autoConverge = autoConverge
+        options.pauseBeforeSwitchOver = pauseBeforeSwitchOver
+        options.verify = verify
+        return options
+    }
+}
+
 extension MigrationProgress {
     /// One line for a person.
     var line: String {
         func mib(_ bytes: Double) -> String { String(Int((bytes / 1_048_576).rounded())) }
         return "\(phase.rawValue) \(round): \(mib(Double(remainingPages) * 4096)) MiB left, \(mib(Double(bytes))) MiB sent, "
-            + "\(mib(Double(skippedPages) * 4096)) MiB skipped, \(mib(bytesPerSecond)) MiB/s"
+            + "\(mib(Double(skippedPages) * 4096)) MiB skipped, \(mib(bytesPerSecond)) MiB/s, "
+            + "\(mib(dirtyPagesPerSecond * 4096)) MiB/s dirtied" + (throttlePercent > 0 ? ", vCPUs slowed by \(throttlePercent) %" : "")
+            + (phase == .waiting ? "; waiting for lacuna switch-over" : "")
     }
 }

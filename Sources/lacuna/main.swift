@@ -10,6 +10,8 @@ func perform(_ words: ArraySlice<String>) throws(Complaint) {
     case "run": try Host.run(words.dropFirst())
     case "receive": try Host.receive(words.dropFirst())
     case "migrate": try Client.migrate(words.dropFirst())
+    case "cancel": try Client.simple(words.dropFirst(), .cancel)
+    case "switch-over": try Client.simple(words.dropFirst(), .switchOver)
     case "status": try Client.status(words.dropFirst())
     case "pause": try Client.simple(words.dropFirst(), .pause)
     case "resume": try Client.simple(words.dropFirst(), .resume)

@@ -16,7 +16,7 @@ import Testing
         let seen = Mutex(0)
         let source = MigrationSource(
             guest: guest, trackers: trackers ?? [guest.tracker], hinter: hinter, options: options
-        ) { progress in
+        ) { progress, _ in
             // Once for each round that ended with the guest running.
             let isNew = seen.withLock {
                 guard progress.phase == .rounds, progress.remainingPages == 0, progress.round > $0 else { return false }

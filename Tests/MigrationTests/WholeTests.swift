@@ -146,7 +146,7 @@ private final class Allocator: Sendable {
         var options = quickOptions(skip: true)
         options.downtimeLimitMilliseconds = 0
         options.maxRounds = 8
-        let source = MigrationSource(guest: guest, trackers: [guest.tracker], hinter: hinter, options: options) { _ in
+        let source = MigrationSource(guest: guest, trackers: [guest.tracker], hinter: hinter, options: options) { _, _ in
             guest.write(1, page: 1)
         }
         let ends = try migrate(source, to: MigrationReceiver(guest: MiniPlace()))
@@ -244,7 +244,7 @@ private final class Allocator: Sendable {
             for page in guest.pages { guest.fill(page: page, seed: 1) }
             let place = MiniPlace()
             let held = Mutex<MigrationSource?>(nil)
-            let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: quickOptions()) { progress in
+            let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: quickOptions()) { progress, _ in
                 if progress.phase == phase { #expect(held.withLock { $0 }?.cancel() == true) }
             }
             held.withLock { $0 = source }
@@ -259,7 +259,7 @@ private final class Allocator: Sendable {
     @Test func cancelAfterTheCommitComesTooLate() throws {
         let guest = try MiniGuest()
         let held = Mutex<MigrationSource?>(nil)
-        let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: quickOptions()) { progress in
+        let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: quickOptions()) { progress, _ in
             if progress.phase == .commit { #expect(held.withLock { $0 }?.cancel() == false) }
         }
         held.withLock { $0 = source }

@@ -22,7 +22,7 @@ private struct Bench {
     func expectBroken(_ head: UInt16, _ error: VirtQueueError, _ location: SourceLocation = #_sourceLocation) {
         driver.publish(head)
         #expect(throws: error, sourceLocation: location) { try queue.popChain() }
-        // Never a quiet end: the same error again, also if the driver mends the ring.
+        // Never a quiet end: the same error again.
         #expect(throws: error, sourceLocation: location) { try queue.popChain() }
     }
 }
@@ -121,6 +121,13 @@ private let data = Bench.data
         let bench = Bench()
         bench.driver.set(3, MockDescriptor(data, 4, flags: DescriptorFlag.next, next: 3))
         bench.expectBroken(3, .loop(head: 3))
+    }
+
+    @Test func brokenQueueStaysBrokenWhateverTheDriverMends() {
+        let bench = Bench()
+        bench.expectBroken(bench.driver.chain([MockDescriptor(data, 0)]), .zeroLength(head: 0))
+        bench.driver.set(0, MockDescriptor(data, 4))
+        #expect(throws: VirtQueueError.zeroLength(head: 0)) { try bench.queue.popChain() }
     }
 
     @Test func loopInIndirectTableIsFound() {

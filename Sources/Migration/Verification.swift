@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+internal import CLinux
+internal import GuestMemory
+
+/// Checksums of pages, sent while the guest stands still, for a destination to compare with what it holds.
+enum Verification {
+    /// Pages in one `verify` frame.
+    static let pagesInFrame = 4096
+    static let checksumBytes = 4
+
+    /// CRC-32C of each page of `pages`, little-endian, one after the other. Nil if they are not all within a region.
+    static func checksums(of pages: Range<Int>, in memory: GuestMemory) -> [UInt8]? {
+        let address = PageFrameNumber(UInt64(pages.lowerBound)).address
+        guard let host = memory.hostPointer(address, bytes: pages.count * pageSize) else { return nil }
+        var encoder = StateEncoder()
+        for page in 0..<pages.count { encoder.put(lacuna_crc32c(0, host + page * pageSize, pageSize)) }
+        return encoder.bytes
+    }
+
+    /// The first page whose checksum is not the one given, and how many there are. `checksums` has one for each page.
+    static func differences(_ pages: Range<Int>, _ checksums: [UInt8], in memory: GuestMemory) -> (first: Int, count: Int)? {
+        guard let own = Verification.checksums(of: pages, in: memory), own.count == checksums.count else {
+            return (pages.lowerBound, pages.count)
+        }
+        if own == checksums { return nil }
+        let different = (0..<pages.count).filter {
+            own[checksumBytes * $0..<checksumBytes * ($0 + 1)] != checksums[checksumBytes * $0..<checksumBytes * ($0 + 1)]
+        }
+        return (pages.lowerBound + (different.first ?? 0), different.count)
+    }
+}
