@@ -23,26 +23,37 @@ die() {
     exit 1
 }
 
+# Kernels are named by their series. The first is the bed's outer machine and the guest of most tests; the guests of the
+# others boot each of them. An empty series means the first.
+# shellcheck disable=SC2034
+kernel_series=(6.1 6.12)
+
+# series_suffix [SERIES]: what the series adds to the names of its files; nothing for the first.
+series_suffix() { [[ -z ${1:-} || $1 == "${kernel_series[0]}" ]] || printf -- '-%s\n' "$1"; }
+
 # The release of the unpacked kernel; fails while there is none. The file is written after the tree is in place.
 kernel_release() {
-    local release=
-    [[ -r $LACUNA_CACHE/kernel.release ]] && read -r release <"$LACUNA_CACHE/kernel.release"
+    local release='' file
+    file=$LACUNA_CACHE/kernel$(series_suffix "${1:-}").release
+    [[ -r $file ]] && read -r release <"$file"
     [[ -n $release && -d $LACUNA_CACHE/kernel-$release ]] && printf '%s\n' "$release"
 }
 
 # The folder the kernel packages are unpacked in (boot/, lib/modules/, usr/src/).
 kernel_tree() {
     local release
-    release=$(kernel_release) && printf '%s\n' "$LACUNA_CACHE/kernel-$release"
+    release=$(kernel_release "${1:-}") && printf '%s\n' "$LACUNA_CACHE/kernel-$release"
 }
 
-# The kernel image: the bed's outer machine and the guests under test both run it.
+# The kernel image.
 guest_kernel() {
     local release
-    release=$(kernel_release) && printf '%s\n' "$LACUNA_CACHE/kernel-$release/boot/vmlinuz-$release"
+    release=$(kernel_release "${1:-}") && printf '%s\n' "$LACUNA_CACHE/kernel-$release/boot/vmlinuz-$release"
 }
 
-guest_initramfs() { printf '%s\n' "$LACUNA_CACHE/guest/initramfs.gz"; }
+# The folder of what is built for a guest with that kernel, and its initramfs.
+guest_folder() { printf '%s\n' "$LACUNA_CACHE/guest$(series_suffix "${1:-}")"; }
+guest_initramfs() { printf '%s\n' "$(guest_folder "${1:-}")/initramfs.gz"; }
 
 # built NAME: the static, stripped executable of that name.
 built() { printf '%s\n' "$LACUNA_CACHE/bin/$1"; }

@@ -6,6 +6,20 @@ import Migration
 /// How long a boot, a migration or a few memcheck passes may take in an emulated CPU on a busy machine.
 let patience: Double = 240
 
+/// The kernels that the bed brings for guests.
+enum GuestKernel: String, CaseIterable {
+    /// The one of Debian 12.
+    case debian12 = "6.1"
+    /// The one that bookworm-backports has for it.
+    case backports = "6.12"
+
+    private var suffix: String { self == .debian12 ? "" : "-\(rawValue)" }
+    var image: String { "vmlinuz\(suffix)" }
+    var initramfs: String { "initramfs\(suffix).gz" }
+    /// What `uname -r` begins with.
+    var release: String { rawValue + "." }
+}
+
 /// A guest that one `lacuna` process holds.
 struct Guest {
     let child: Child
@@ -14,15 +28,16 @@ struct Guest {
 
 extension Stage {
     func boot(
-        _ name: String, memory: String, cpus: Int = 1, run: String, more: String = "", until text: String? = "GUEST-READY"
+        _ name: String, memory: String, cpus: Int = 1, run: String, more: String = "", until text: String? = "GUEST-READY",
+        kernel: GuestKernel = .debian12, options: [String] = []
     ) throws(Failure) -> Guest {
         let control = "\(name).ctl"
         let child = try start(
             name,
             [
-                "./lacuna", "run", "--kernel", "vmlinuz", "--initramfs", "initramfs.gz", "--memory", memory, "--cpus", "\(cpus)",
+                "./lacuna", "run", "--kernel", kernel.image, "--initramfs", kernel.initramfs, "--memory", memory, "--cpus", "\(cpus)",
                 "--control", control, "--cmdline", "console=ttyS0 quiet lacuna.run=\(run) \(more)",
-            ])
+            ] + options)
         if let text { try wait(child, for: text, seconds: patience) }
         return Guest(child: child, control: control)
     }

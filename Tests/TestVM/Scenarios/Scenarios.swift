@@ -13,7 +13,7 @@ struct Scenario: Sendable {
 
 let memcheckGuest = "memcheck:15"
 
-let scenarios = chainScenarios + migrationScenarios
+let scenarios = chainScenarios + migrationScenarios + balloonScenarios
 
 /// The whole chain, end to end.
 private let chainScenarios: [Scenario] = [
