@@ -38,7 +38,8 @@ let package = Package(
         .target(
             name: "TestSupport", dependencies: ["GuestMemory", "Virtio"], path: "Tests/TestSupport",
             swiftSettings: common),
-        .testTarget(name: "GuestMemoryTests", dependencies: ["GuestMemory", "TestSupport"], swiftSettings: common),
+        .testTarget(
+            name: "GuestMemoryTests", dependencies: ["CLinux", "GuestMemory", "TestSupport"], swiftSettings: common),
         .testTarget(name: "VirtioTests", dependencies: ["Virtio", "TestSupport"], swiftSettings: common),
         .testTarget(name: "BalloonTests", dependencies: ["Balloon", "TestSupport"], swiftSettings: common),
         .testTarget(name: "MigrationTests", dependencies: ["Migration", "TestSupport"], swiftSettings: common),

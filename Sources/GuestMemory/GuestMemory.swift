@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 internal import CLinux
+internal import Synchronization
 
 /// Why guest memory could not be made or touched.
 public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
@@ -36,6 +37,14 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
         public let range: GuestRange
         /// The host's mapping of `range`, `range.size` bytes, valid as long as the `GuestMemory` lives.
         public let host: UnsafeMutableRawPointer
+        /// What `host` maps, if that is a file of another process. It unmaps with its last user.
+        let file: SharedFile?
+
+        init(range: GuestRange, host: UnsafeMutableRawPointer, file: SharedFile? = nil) {
+            self.range = range
+            unsafe self.host = unsafe host
+            self.file = file
+        }
     }
 
     /// In ascending order, not overlapping.
@@ -46,6 +55,9 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
     public let ramPages: Int
     /// Pages that the VMM itself wrote; bits are set atomically, and taken by the migration.
     public let writeLog: PageBitmap
+    /// A second log, in memory that another process reads, and whether there is one.
+    private let sharedLog = Mutex<SharedDirtyLog?>(nil)
+    private let hasSharedLog = Atomic<Bool>(false)
 
     /// Maps zeroed, not yet populated memory for each range. Ranges are in ascending order and each a multiple of
     /// 64 pages, so that no word of a bitmap spans two regions.
@@ -77,8 +89,53 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
         writeLog = PageBitmap(bitCount: frameCount)
     }
 
+    /// Maps files of another process as the guest's RAM, shared. Ranges may come in any order and begin on any page.
+    /// Each descriptor is duplicated: the caller's stay its own. Nothing about the files is believed: what is not there
+    /// is refused, and what is cut off later reads as zero once `SharedFile.survivesTruncation()` was called.
+    ///
+    /// - Parameter limit: bytes of guest-physical address space, which bounds the size of every bitmap.
+    public convenience init(sharing mappings: [SharedMapping], limit: UInt64) throws(GuestMemoryError) {
+        try self.init(mapping: mappings, isPrivate: false, limit: limit)
+    }
+
+    /// Like `init(sharing:limit:)`, but copy-on-write: the files give the first contents of the RAM, page by page as it
+    /// is touched, and never change. Read-only descriptors will do. For a snapshot that is to run at once.
+    public convenience init(restoring mappings: [SharedMapping], limit: UInt64 = 1 << 52) throws(GuestMemoryError) {
+        try self.init(mapping: mappings, isPrivate: true, limit: limit)
+    }
+
+    private init(mapping mappings: [SharedMapping], isPrivate: Bool, limit: UInt64) throws(GuestMemoryError) {
+        var regions: [Region] = []
+        var end: UInt64 = 0
+        for mapping in mappings.sorted(by: { $0.range.start < $1.range.start }) {
+            let range = mapping.range, unit = UInt64(pageSize)
+            guard range.size > 0, range.size % unit == 0, range.start.rawValue % unit == 0 else {
+                throw .badLayout("the range at \(range.start) is not whole pages")
+            }
+            guard range.start.rawValue >= end else { throw .badLayout("the range at \(range.start) overlaps another") }
+            guard range.size <= limit, range.start.rawValue <= limit - range.size else {
+                throw .badLayout("the range at \(range.start) ends beyond the \(limit >> 30) GiB allowed")
+            }
+            end = range.start.rawValue + range.size
+            let file = try SharedFile(mapping, isPrivate: isPrivate)
+            unsafe regions.append(Region(range: range, host: file.host, file: file))
+        }
+        guard !regions.isEmpty else { throw .badLayout("there is no range") }
+        self.regions = regions
+        frameCount = Int(end >> pageShift)
+        ramPages = regions.reduce(0) { $0 + $1.range.pages.count }
+        writeLog = PageBitmap(bitCount: frameCount)
+    }
+
     deinit {
-        for region in regions { unsafe munmap(region.host, Int(region.range.size)) }
+        for region in regions where region.file == nil { unsafe munmap(region.host, Int(region.range.size)) }
+    }
+
+    /// Enters all later writes into `log` too, until this is called again; nil: no more. A write that is going on is in
+    /// one or the other.
+    public func setSharedLog(_ log: SharedDirtyLog?) {
+        sharedLog.withLock { $0 = log }
+        hasSharedLog.store(log != nil, ordering: .sequentiallyConsistent)
     }
 
     /// The host's view of `bytes` bytes of RAM, or nil if they are not all within one region.
@@ -169,6 +226,9 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
         guard bytes > 0 else { return }
         let first = Int(address.rawValue >> pageShift), last = Int((address.rawValue + UInt64(bytes) - 1) >> pageShift)
         for page in first...last { writeLog.atomicSet(page) }
+        guard hasSharedLog.load(ordering: .acquiring) else { return }
+        // Under the lock, so that the log is not unmapped meanwhile.
+        sharedLog.withLock { $0?.mark(first...last) }
     }
 
     /// Gives pages back to the host: they read as zero afterwards. Only for pages the guest cannot be using: on a
@@ -177,6 +237,13 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
     public func discard(pages: Range<Int>) throws(GuestMemoryError) {
         let address = PageFrameNumber(UInt64(pages.lowerBound)).address, bytes = pages.count * pageSize
         guard let host = unsafe hostPointer(address, bytes: bytes) else { throw .notRAM(address, bytes: bytes) }
+        if let region = regions.first(where: { $0.file != nil && $0.range.pages.contains(pages.lowerBound) }),
+            let file = region.file
+        {
+            let offset = address.rawValue - region.range.start.rawValue
+            if !file.discard(offset: offset, bytes: UInt64(bytes)) { unsafe memset(host, 0, bytes) }
+            return
+        }
         if unsafe madvise(host, bytes, MADV_DONTNEED) != 0 { unsafe memset(host, 0, bytes) }
     }
 }

@@ -33,6 +33,7 @@
 #include <sys/wait.h>
 #include <termios.h>
 #include "virtio_balloon_bitmap.h"
+#include "CLinuxShared.h"
 
 _Static_assert(sizeof(struct virtio_balloon_bitmap_hdr) == 24, "layout on the wire");
 _Static_assert(sizeof(struct virtio_balloon_bitmap_figures) == 40, "layout on the wire");
@@ -50,6 +51,8 @@ extern char **environ;
 static inline char **lacuna_environ(void) { return environ; }
 static inline int lacuna_set_cloexec(int fd) { return fcntl(fd, F_SETFD, FD_CLOEXEC); }
 static inline int lacuna_fcntl_getfl(int fd) { return fcntl(fd, F_GETFL); }
+// A descriptor of its own for the same file, close-on-exec.
+static inline int lacuna_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
 static inline int lacuna_errno(void) { return errno; }
 // mmap() with NULL for MAP_FAILED, a cast that Swift does not import.
 static inline void *lacuna_mmap(size_t bytes, int protection, int flags, int fd, off_t offset) {
