@@ -13,7 +13,12 @@ struct Scenario: Sendable {
 
 let memcheckGuest = "memcheck:15"
 
-let scenarios = chainScenarios + migrationScenarios + balloonScenarios
+let scenarios = [
+    chainScenarios,
+    migrationScenarios,
+    balloonScenarios,
+    faultScenarios,
+].flatMap(\.self)
 
 /// The whole chain, end to end.
 private let chainScenarios: [Scenario] = [

@@ -135,6 +135,14 @@ final class Stage {
         return child.status!
     }
 
+    /// Waits for a line with `text` or for the end, whichever comes first; true if the line came.
+    func waitForEnd(_ child: Child, or text: String, seconds: Double) throws(Failure) -> Bool {
+        guard try pump(seconds: seconds, until: { child.status != nil || child.count(text) > 0 }) else {
+            throw Failure("\(child.name) neither ended nor said '\(text)' within \(Int(seconds)) s")
+        }
+        return child.count(text) > 0
+    }
+
     /// Runs a program to its end.
     func run(_ command: [String], seconds: Double = 60) throws(Failure) -> Child {
         let child = try start(command.prefix(2).joined(separator: " "), command)

@@ -4,6 +4,7 @@ import CLinux
 // lacuna-scenarios list [--quick]
 // lacuna-scenarios run NAME
 // lacuna-scenarios demo [--memory SIZE]
+// lacuna-scenarios relay LISTEN TARGET PLACE ACTION, for the scenarios' own use
 
 _ = lacuna_ignore_signal(SIGPIPE)
 let words = Array(CommandLine.arguments.dropFirst())
@@ -42,6 +43,12 @@ case "run" where words.count == 2 || words.count == 3 && words[2] == "--echo":
     }
 case "demo" where words.count == 1 || words.count == 3 && words[1] == "--memory":
     perform(echo: false) { stage throws(Failure) in try demo(memory: words.count == 3 ? words[2] : "1G", stage: stage) }
+case "relay" where words.count == 5:
+    guard let place = StreamPlace(parsing: words[3]), let action = Relay.Action(rawValue: words[4]) else {
+        say("'\(words[3])' is no place in a stream, or '\(words[4])' no action")
+        exit(2)
+    }
+    Relay.run(listen: words[1], target: words[2], place: place, action: action)
 default:
     say("usage: lacuna-scenarios list [--quick] | run NAME [--echo] | demo [--memory SIZE]")
     exit(2)
