@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #define _GNU_SOURCE
 #include "CLinux.h"
+#include <stdio.h>
 
 void lacuna_copy(void *to, const void *from, size_t bytes) {
     memcpy(to, from, bytes);
@@ -54,6 +55,10 @@ size_t lacuna_and_not(uint64_t *target, const uint64_t *mask, size_t words) {
     }
     return cleared;
 }
+
+_Static_assert(lacuna_SEEK_DATA == SEEK_DATA && lacuna_SEEK_HOLE == SEEK_HOLE, "values of <unistd.h>");
+
+int lacuna_rename(const char *from, const char *to) { return rename(from, to); }
 
 static void nothing(int signal) { (void)signal; }
 

@@ -87,7 +87,9 @@ public struct SharedMapping: Sendable {
     /// of the range.
     func discard(offset place: UInt64, bytes: UInt64) -> Bool {
         if isPrivate {
-            // MADV_DONTNEED would bring the file's bytes back: zeroes of our own take their place.
+            // MADV_DONTNEED would bring the file's bytes back: zeroes of our own take their place. Small ranges are
+            // cleared instead: each new mapping splits the old one, and a process may have some 65 000 only.
+            guard bytes >= 1 << 18 else { return false }
             let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
             return unsafe mmap(host + Int(place), Int(bytes), PROT_READ | PROT_WRITE, flags, -1, 0) == host + Int(place)
         }

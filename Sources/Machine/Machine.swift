@@ -84,12 +84,21 @@ public final class Machine: Sendable {
         try self.init(configuration, console: console, cpuid: nil)
     }
 
-    init(_ configuration: MachineConfiguration, console: Int32, cpuid wanted: [CPUIDEntry]?) throws(MachineError) {
+    /// `made` is memory with something in it already, of the layout that the configuration asks for.
+    init(
+        _ configuration: MachineConfiguration, console: Int32, cpuid wanted: [CPUIDEntry]?, memory made: GuestMemory? = nil
+    ) throws(MachineError) {
         try configuration.check()
         self.configuration = configuration
         let system = try Machine.openKVM()
-        do throws(GuestMemoryError) { memory = try GuestMemory(ranges: Layout.ram(size: configuration.memorySize)) } catch {
-            throw MachineError("\(error)")
+        let layout = Layout.ram(size: configuration.memorySize)
+        if let made {
+            guard made.regions.map(\.range) == layout else {
+                throw MachineError("the memory is laid out otherwise than this release does it; use the release that saved it")
+            }
+            memory = made
+        } else {
+            do throws(GuestMemoryError) { memory = try GuestMemory(ranges: layout) } catch { throw MachineError("\(error)") }
         }
         do throws(KVMError) {
             let offered = try CPUIDTemplate.make(system)

@@ -99,6 +99,18 @@ public final class IncomingMachine: IncomingGuest {
     public var machine: Machine? { made.withLock { $0 } }
 
     public func prepare(machineDescription: [UInt8]) throws(PartFailure) -> GuestMemory {
+        try build(machineDescription, memory: nil)
+    }
+
+    /// Makes the machine of a snapshot, ready to start: with its memory mapped and read as it is touched, or, if `full`,
+    /// read and checked now.
+    public func restore(from snapshot: SnapshotReader, full: Bool) throws(PartFailure) {
+        _ = try build(
+            snapshot.machineDescription, memory: full ? try snapshot.readMemory() : try snapshot.mapMemory())
+        try load(state: snapshot.sections)
+    }
+
+    private func build(_ machineDescription: [UInt8], memory: GuestMemory?) throws(PartFailure) -> GuestMemory {
         do {
             let description = try MachineDescription(decoding: machineDescription)
             let configuration = description.configuration
@@ -110,7 +122,7 @@ public final class IncomingMachine: IncomingGuest {
                 throw PartFailure(
                     "the guest has \(configuration.vcpus) vCPUs and the destination was started for \(count); start it with --cpus \(configuration.vcpus)")
             }
-            let machine = try Machine(configuration, console: console, cpuid: description.cpuid)
+            let machine = try Machine(configuration, console: console, cpuid: description.cpuid, memory: memory)
             guard description.virtioDevices == [machine.balloon.deviceID] else {
                 throw PartFailure("the guest has the virtio devices \(description.virtioDevices), which this side cannot build; use the same release on both")
             }

@@ -184,6 +184,12 @@ public final class ByteChannel: Sendable {
         }
     }
 
+    /// Reads at least one byte; returns how many. Throws as `readExactly` does; `peerClosed` at the stream's end.
+    public func readSome(into buffer: UnsafeMutableRawBufferPointer, idleMilliseconds: Int) throws(MigrationError) -> Int {
+        var vector = iovec(iov_base: buffer.baseAddress, iov_len: buffer.count)
+        return try readSome(vectors: &vector, 1, idleMilliseconds)
+    }
+
     /// Reads at least one byte into the vectors; returns how many.
     func readSome(
         vectors: UnsafeMutablePointer<iovec>, _ count: Int, _ idleMilliseconds: Int

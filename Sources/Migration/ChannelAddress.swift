@@ -41,7 +41,7 @@ public enum ChannelAddress: Sendable, Hashable, CustomStringConvertible {
             }
             self = address
         } else {
-            throw .badAddress(text, why: "it names no kind of channel")
+            throw .badAddress(text, why: "it names no kind of channel; give unix:PATH or tcp:HOST:PORT (or fd:N, exec:COMMAND, file:PATH)")
         }
     }
 
@@ -49,6 +49,14 @@ public enum ChannelAddress: Sendable, Hashable, CustomStringConvertible {
         switch self {
         case .unix(let path): "unix:\(path)"
         case .tcp(let host, let port): host.contains(":") ? "tcp:[\(host)]:\(port)" : "tcp:\(host):\(port)"
+        }
+    }
+
+    /// True if nobody on another machine can listen in: a unix socket, or the loopback interface.
+    public var isLocal: Bool {
+        switch self {
+        case .unix: true
+        case .tcp(let host, _): host == "localhost" || host == "::1" || host.hasPrefix("127.")
         }
     }
 

@@ -175,6 +175,7 @@ private struct ReceivingRun {
         else { throw .badStream("pages outside RAM") }
         touched.set(pages)
         try reader.payload(to: host, bytes: pages.count * pageSize, idleMilliseconds: idle)
+        do { try guest.received(pages: pages) } catch { throw .machineFailed(doing: "storing memory", why: error.what) }
         report.pages += pages.count
     }
 
@@ -196,6 +197,9 @@ private struct ReceivingRun {
                 try memory.discard(pages: first..<end)  // W6: nothing older may show through
             } catch {
                 throw .machineFailed(doing: "dropping pages", why: error.description)
+            }
+            do { try guest.dropped(pages: first..<end) } catch {
+                throw .machineFailed(doing: "dropping pages", why: error.what)
             }
             touched.clear(first..<end)
             page = end

@@ -110,10 +110,19 @@ public protocol IncomingGuest: AnyObject, Sendable {
     /// Checks the source's machine description against what this side can build, and makes the memory: fresh, all
     /// zero. Throws with the reason for a refusal, in words for the source's operator.
     func prepare(machineDescription: [UInt8]) throws(PartFailure) -> GuestMemory
+    /// `pages` of the memory that `prepare` returned were filled just now. For an owner that keeps them elsewhere.
+    func received(pages: Range<Int>) throws(PartFailure)
+    /// `pages`, which had been filled, read as zero again.
+    func dropped(pages: Range<Int>) throws(PartFailure)
     /// Loads the state. The sections come from the peer and are untrusted. The guest must not run before `start`.
     func load(state: [StateSection]) throws(PartFailure)
     /// Runs the guest.
     func start() throws(PartFailure)
     /// Drops everything received so far. The guest must never run afterwards.
     func discard()
+}
+
+extension IncomingGuest {
+    public func received(pages: Range<Int>) throws(PartFailure) {}
+    public func dropped(pages: Range<Int>) throws(PartFailure) {}
 }

@@ -11,14 +11,23 @@ struct Complaint: Error, CustomStringConvertible {
     static func usage(_ text: String) -> Complaint { Complaint("\(text); see lacuna --help", status: 2) }
 }
 
-/// A command's options: `--name value`, `--name=value` and `--flag`.
+/// A command's options: `--name value`, `--name=value` and `--flag`, and its operand, if it takes one.
 struct Arguments {
     private var values: [String: String] = [:]
     private var flags: Set<String> = []
+    /// The one word that is no option.
+    private(set) var operand = ""
 
-    init(_ words: some Sequence<String>, options: Set<String>, flags allowed: Set<String>) throws(Complaint) {
+    /// `operand` names what has to be given besides the options, for messages.
+    init(
+        _ words: some Sequence<String>, options: Set<String>, flags allowed: Set<String>, operand what: String? = nil
+    ) throws(Complaint) {
         var rest = Array(words)[...]
         while let word = rest.popFirst() {
+            if !word.hasPrefix("--"), what != nil, operand.isEmpty {
+                operand = word
+                continue
+            }
             guard word.hasPrefix("--") else { throw .usage("'\(word)' is no option") }
             let parts = word.dropFirst(2).split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
             let name = String(parts[0])
@@ -34,6 +43,7 @@ struct Arguments {
                 throw .usage("unknown option \(word)")
             }
         }
+        if let what, operand.isEmpty { throw .usage("\(what) is missing") }
     }
 
     subscript(flag name: String) -> Bool { flags.contains(name) }

@@ -6,9 +6,17 @@ import Migration
 /// The commands that talk to a running guest.
 enum Client {
     /// Sends a request and returns its last reply; progress goes to `progress` as it comes.
-    static func ask(_ path: String, _ request: ControlRequest, progress: (String) -> Void = { _ in }) throws(Complaint) -> ControlReply {
+    /// A `descriptor` goes along with it, and is closed here.
+    static func ask(
+        _ path: String, _ request: ControlRequest, passing descriptor: Int32? = nil, progress: (String) -> Void = { _ in }
+    ) throws(Complaint) -> ControlReply {
         let socket = try LocalSocket.connect(path)
         socket.send(JSON.line(request))
+        if let descriptor {
+            guard socket.send(descriptor: descriptor) else { throw Complaint("cannot pass descriptor \(descriptor) to the guest's process") }
+            // Closed here, the channel ends when the guest's process ends it.
+            close(descriptor)
+        }
         while let line = socket.receiveLine() {
             guard let reply = try? JSON.decode(ControlReply.self, line) else {
                 throw Complaint("the guest at \(path) answered in a way this release does not know; use the same release on both sides")
@@ -64,18 +72,41 @@ enum Client {
 
         // Before the guest moves: a report that cannot be written should not be found out afterwards.
         let json = arguments["json"]
-        let file: Int32 = try json.map { path throws(Complaint) in
-            let file = lacuna_open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0o644)
-            guard file >= 0 else {
-                throw Complaint("cannot write the report to \(path): \(String(cString: strerror(errno))); choose another --json")
-            }
-            return file
-        } ?? -1
+        let file = try openReport(json)
 
+        var request = ControlRequest(command: .migrate, to: to, options: options)
+        var descriptor: Int32?
+        switch try SpecialChannel(parsing: to) {
+        case .file(let path)?: request = ControlRequest(command: .snapshot, to: path, options: options, endsAfterwards: true)
+        case let special?:
+            descriptor = try special.open()
+            request.passesDescriptor = true
+        case nil: break
+        }
+        try follow(request, try arguments.required("control"), passing: descriptor, reportTo: file, named: json) { summary($0, "migrated") }
+    }
+
+    /// Saves the guest to a file, and lets it run on.
+    static func snapshot(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(
+            words, options: migrationOptions.union(["control"]), flags: migrationFlags, operand: "the file")
+        let json = arguments["json"]
+        let file = try openReport(json)
+        let request = ControlRequest(
+            command: .snapshot, to: try absolutePath(arguments.operand), options: try migrationRequest(arguments))
+        try follow(request, try arguments.required("control"), passing: nil, reportTo: file, named: json) {
+            summary($0, "snapshot written")
+        }
+    }
+
+    /// Sends a request of a migration's kind, shows its progress, and writes its report.
+    private static func follow(
+        _ request: ControlRequest, _ control: String, passing descriptor: Int32?, reportTo file: Int32, named json: String?,
+        _ summary: (MigrationReport) -> String
+    ) throws(Complaint) {
         let terminal = isatty(2) == 1
         var shown = false
-        let request = ControlRequest(command: .migrate, to: to, options: options)
-        let reply = try ask(try arguments.required("control"), request) { line in
+        let reply = try ask(control, request, passing: descriptor) { line in
             if terminal { write(Array("\r\u{1b}[K\(line)".utf8), to: 2) }
             shown = true
         }
@@ -118,6 +149,15 @@ enum Client {
         return options
     }
 
+    private static func openReport(_ path: String?) throws(Complaint) -> Int32 {
+        guard let path else { return -1 }
+        let file = lacuna_open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0o644)
+        guard file >= 0 else {
+            throw Complaint("cannot write the report to \(path): \(String(cString: strerror(errno))); choose another --json")
+        }
+        return file
+    }
+
     private static func migrationStatus(_ words: ArraySlice<String>) throws(Complaint) {
         let arguments = try Arguments(words, options: ["control"], flags: ["status"])
         let request = ControlRequest(command: .migrationStatus)
@@ -125,9 +165,9 @@ enum Client {
         if let migration = reply.migration { write(JSON.pretty(migration), to: 1) }
     }
 
-    private static func summary(_ report: MigrationReport) -> String {
+    private static func summary(_ report: MigrationReport, _ done: String) -> String {
         let ram = Double(report.ramPages) / 256, sent = Double(report.bytes) / 1_048_576
-        return "migrated: \(rounded(sent)) MiB sent for \(rounded(ram)) MiB of RAM, \(rounded(Double(report.skippedPages) / 256)) MiB skipped, "
+        return "\(done): \(rounded(sent)) MiB sent for \(rounded(ram)) MiB of RAM, \(rounded(Double(report.skippedPages) / 256)) MiB skipped, "
             + "\(report.rounds.count) rounds, \(rounded(report.totalMilliseconds)) ms, downtime \(rounded(report.downtimeMilliseconds)) ms"
             + (report.verifiedPages > 0 ? ", \(report.verifiedPages) pages verified" : "")
             + (report.throttlePercent > 0 ? ", vCPUs slowed down by up to \(report.throttlePercent) %" : "")

@@ -6,12 +6,16 @@ import Migration
 /// What a client asks of a running guest: one JSON object on a line.
 struct ControlRequest: Codable, Sendable {
     enum Command: String, Codable {
-        case migrate, migrationStatus, switchOver, cancel, status, pause, resume, type, stop
+        case migrate, snapshot, migrationStatus, switchOver, cancel, status, pause, resume, type, stop
     }
     var command: Command
-    /// migrate: the channel's address
+    /// migrate: the channel's address; snapshot: the file's path
     var to: String?
     var options: MigrationRequest?
+    /// migrate: the channel is a descriptor, which follows the request's line
+    var passesDescriptor: Bool?
+    /// snapshot: the guest ends when the file is whole
+    var endsAfterwards: Bool?
     /// type: the bytes for the console
     var text: String?
     /// stop: press the power button instead of ending the guest

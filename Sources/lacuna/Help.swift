@@ -9,6 +9,7 @@ let help = """
       run      --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory SIZE] [--cpus N]
                [--control SOCKET] [--console WHERE]
       receive  --listen ADDRESS [--memory SIZE] [--cpus N] [--control SOCKET] [--console WHERE]
+      restore  FILE [--full] [--control SOCKET] [--console WHERE]
 
     Talk to a running guest through its control socket:
       migrate  --control SOCKET --to ADDRESS [--skip-free-pages] [--json FILE]
@@ -16,6 +17,7 @@ let help = """
                [--timeout MS [--timeout-action cancel|force]] [--max-rounds N]
                [--pause-before-switch-over] [--verify]
       migrate  --control SOCKET --status
+      snapshot --control SOCKET FILE [OPTION of migrate]...
       switch-over  --control SOCKET
       cancel   --control SOCKET
       status   --control SOCKET
@@ -24,6 +26,10 @@ let help = """
       type     --control SOCKET --text TEXT
       stop     --control SOCKET [--power-button]
 
+    Between hosts, with ssh to encrypt and to authenticate:
+      migrate  --control SOCKET --to 'exec:ssh HOST lacuna relay unix:PATH'
+      relay    ADDRESS     joins its standard input and output with ADDRESS
+
       --kernel FILE        an unmodified x86-64 bzImage, such as /boot/vmlinuz-6.1.0-…-amd64
       --initramfs FILE     its initial RAM file system
       --cmdline TEXT       the kernel's command line (console=ttyS0)
@@ -31,8 +37,9 @@ let help = """
       --cpus N             1 to 8 vCPUs (1); for `receive`: refuse a guest with another number
       --control SOCKET     where to listen for, or find, the guest's control socket
       --console WHERE      the serial console: stdio, none or file:PATH, appended to (stdio)
-      --listen ADDRESS     unix:PATH or tcp:HOST:PORT; a plain channel, neither encrypted nor authenticated
-      --to ADDRESS         where `lacuna receive` listens
+      --listen ADDRESS     unix:PATH or tcp:HOST:PORT, neither encrypted nor authenticated; or fd:N, or file:PATH
+      --to ADDRESS         where `lacuna receive` listens; or fd:N, exec:COMMAND, or file:PATH, which ends the guest
+      --full               read and check all of the file before the guest starts, instead of each page when it is needed
       --skip-free-pages    leave out the pages that the guest has free; its kernel needs the module lacuna_balloon
       --json FILE          write the migration's report there
       --downtime MS        how long the guest may stand still at the end (300)

@@ -98,8 +98,8 @@ enum Host {
         } catch { throw Complaint("\(error)") }
         guest.set(machine)
         let control = arguments["control"]
+        defer { if let control, guest.isServing { unlink(control) } }
         if let control { try guest.serve(at: control) }
-        defer { if let control { unlink(control) } }
         if console == 1 { connectInput(to: guest) }
         machine.resume()
         try finish(guest, machine, kernel: kernel, console: console)
@@ -112,21 +112,40 @@ enum Host {
         let incoming = IncomingMachine(
             console: try openConsole(arguments["console"] ?? "stdio"), memorySize: try arguments.size("memory"),
             vcpus: try arguments.integer("cpus", in: 1...8))
+        let text = try arguments.required("listen")
+        let special = try SpecialChannel(parsing: text)
+        if case .file(let path)? = special {
+            return try resume(path, full: false, arguments, kernel)
+        }
         let guest = RunningGuest()
-        let listener: ChannelListener
-        do throws(MigrationError) {
-            listener = try ChannelListener(try ChannelAddress(parsing: try requiredAddress(arguments)))
-        } catch { throw Complaint("\(error)") }
         let control = arguments["control"]
-        if let control { try guest.serve(at: control) }
-        defer { if let control { unlink(control) } }
-        write(Array("lacuna: waiting for a guest at \(listener.address)\n".utf8), to: 2)
-        do throws(MigrationError) {
-            let channel = try listener.accept()
-            listener.close()
-            let receiver = MigrationReceiver(guest: incoming)
-            _ = try receiver.run(over: channel)
-        } catch { throw Complaint("no guest was received: \(error)") }
+        defer { if let control, guest.isServing { unlink(control) } }
+        do {
+            let channel: ByteChannel
+            if let descriptor = try special?.open() {
+                channel = try ByteChannel(adopting: descriptor, name: text)
+                if let control { try guest.serve(at: control) }
+            } else {
+                let listener = try ChannelListener(try ChannelAddress(parsing: text))
+                if let control { try guest.serve(at: control) }
+                if !listener.address.isLocal {
+                    write(Array("lacuna: this channel is neither encrypted nor authenticated; use it on a network that you trust, or use ssh (see exec: in the reference)\n".utf8), to: 2)
+                }
+                write(Array("lacuna: waiting for a guest at \(listener.address)\n".utf8), to: 2)
+                channel = try listener.accept()
+                listener.close()
+            }
+            _ = try MigrationReceiver(guest: incoming).run(over: channel)
+        } catch let complaint as Complaint {
+            throw complaint
+        } catch {
+            throw Complaint("no guest was received: \(error)")
+        }
+        try hold(incoming, guest, kernel)
+    }
+
+    /// Runs the guest that has arrived, to its end.
+    private static func hold(_ incoming: IncomingMachine, _ guest: RunningGuest, _ kernel: Kernel?) throws(Complaint) {
         guard let machine = incoming.machine else { throw Complaint("no guest was received") }
         guest.set(machine)
         write(Array("lacuna: the guest runs here now\n".utf8), to: 2)
@@ -134,8 +153,27 @@ enum Host {
         try finish(guest, machine, kernel: kernel, console: incoming.console)
     }
 
-    private static func requiredAddress(_ arguments: Arguments) throws(MigrationError) -> String {
-        guard let text = arguments["listen"] else { throw .badAddress("", why: "--listen is missing") }
-        return text
+    static func restore(_ words: ArraySlice<String>) throws(Complaint) {
+        let arguments = try Arguments(
+            words, options: ["kernel", "initramfs", "cmdline", "control", "console"], flags: ["full"], operand: "the file")
+        try resume(arguments.operand, full: arguments[flag: "full"], arguments, try Kernel(arguments))
     }
+
+    /// Starts the guest of a snapshot.
+    private static func resume(
+        _ path: String, full: Bool, _ arguments: Arguments, _ kernel: Kernel?
+    ) throws(Complaint) {
+        let incoming = IncomingMachine(
+            console: try openConsole(arguments["console"] ?? "stdio"), memorySize: nil, vcpus: nil)
+        let guest = RunningGuest()
+        let control = arguments["control"]
+        defer { if let control, guest.isServing { unlink(control) } }
+        if let control { try guest.serve(at: control) }
+        do throws(PartFailure) {
+            try incoming.restore(from: try SnapshotReader(path: path), full: full)
+            try incoming.start()
+        } catch { throw Complaint(error.what) }
+        try hold(incoming, guest, kernel)
+    }
+
 }

@@ -87,6 +87,24 @@ final class LocalSocket: Sendable {
         return true
     }
 
+    /// Passes a descriptor, after a request that announced it.
+    func send(descriptor passed: Int32) -> Bool {
+        var (byte, descriptors) = (UInt8(0), [passed])
+        return lacuna_send(descriptor, &byte, 1, 0, &descriptors, 1) == 1
+    }
+
+    /// The one descriptor that the other side passes now; the caller's to close.
+    func receiveDescriptor() throws(Complaint) -> Int32 {
+        var (byte, count) = (UInt8(0), Int32(0))
+        var descriptors = [Int32](repeating: -1, count: Int(LACUNA_MAX_DESCRIPTORS))
+        let got = lacuna_receive(descriptor, &byte, 1, 0, &descriptors, &count)
+        guard got == 1, count == 1 else {
+            for extra in descriptors[..<Int(count)] { close(extra) }
+            throw Complaint("the client announced a descriptor and passed \(count)")
+        }
+        return descriptors[0]
+    }
+
     /// The next line, without its end; nil at the end of the stream.
     func receiveLine() -> [UInt8]? {
         var line: [UInt8] = []

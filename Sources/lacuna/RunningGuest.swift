@@ -23,6 +23,8 @@ final class RunningGuest: Sendable {
     }
     private let state = Mutex(State())
     private var controlPath: String? { state.withLock { $0.controlPath } }
+    /// The control socket is this guest's: nobody else's may be removed.
+    var isServing: Bool { controlPath != nil }
 
     var machine: Machine? { state.withLock { $0.machine } }
     var isStopping: Bool { state.withLock { $0.isStopping } }
@@ -61,6 +63,9 @@ final class RunningGuest: Sendable {
             return
         case .migrate:
             try migrate(request, for: peer)
+            return
+        case .snapshot:
+            try snapshot(request, for: peer)
             return
         case .migrationStatus:
             guard let migration = state.withLock({ $0.migration }) else {
@@ -115,63 +120,118 @@ final class RunningGuest: Sendable {
             vcpus: machine.configuration.vcpus, hintRefusal: machine.balloon.refusal)
     }
 
-    private func migrate(_ request: ControlRequest, for peer: LocalSocket) throws {
+    /// Takes the right to be the one migration of this guest, and tells the guest to move.
+    private func beginMigration(to place: String) throws(Complaint) -> Machine {
         let machine = try current()
         guard machine.activity == .running else {
             throw Complaint("the guest is not running (\(machine.activity.rawValue)); resume it before you migrate it")
         }
-        let options = (request.options ?? MigrationRequest()).options
-
         let isFirst = state.withLock { state in
-            defer { state.migrating = true }
-            return !state.migrating
+            guard !state.migrating else { return false }
+            state.migrating = true
+            state.migration = MigrationStatus(to: place)
+            return true
         }
         guard isFirst else { throw Complaint("this guest is being migrated already; wait until that ends") }
-        defer { state.withLock { ($0.migrating, $0.source) = (false, nil) } }
+        return machine
+    }
 
-        let address = try ChannelAddress(parsing: request.to ?? "")
-        try refuseOwnSocket(address)
-        let channel = try ByteChannel.connect(to: address)
-        let outgoing = OutgoingMachine(machine)
-        let source = MigrationSource(
-            guest: outgoing, trackers: outgoing.trackers, hinter: outgoing.hinter, options: options
-        ) { progress, round in
+    /// Runs a migration that `beginMigration` allowed, and keeps what is known of it.
+    private func follow(
+        _ source: MigrationSource, _ body: () throws(MigrationError) -> MigrationReport
+    ) throws(MigrationError) -> MigrationReport {
+        state.withLock { $0.source = source }
+        do throws(MigrationError) {
+            let report = try body()
+            state.withLock { $0.migration?.report = report }
+            return report
+        } catch {
+            // The one failure that leaves the guest paused: `status` has to show why.
+            if case .notResumed = error { state.withLock { $0.reason = error.description } }
+            throw error
+        }
+    }
+
+    private func endMigration(_ error: (any Error)?) {
+        state.withLock {
+            ($0.migrating, $0.source) = (false, nil)
+            $0.migration?.isUnderWay = false
+            if let error { $0.migration?.error = "\(error)" }
+        }
+    }
+
+    /// Progress goes to the client and into the status.
+    private func observer(_ peer: LocalSocket) -> @Sendable (MigrationProgress, MigrationRound?) -> Void {
+        { progress, round in
             self.state.withLock {
                 $0.migration?.progress = progress
                 if let round { $0.migration?.rounds.append(round) }
             }
             peer.send(JSON.line(ControlReply(progress: progress.line)))
         }
-        state.withLock {
-            $0.source = source
-            $0.migration = MigrationStatus(to: address.description)
-        }
-        let report: MigrationReport
-        do throws(MigrationError) {
-            report = try source.run(over: channel)
-        } catch {
-            state.withLock {
-                $0.migration?.isUnderWay = false
-                $0.migration?.error = error.description
-                // The one failure that leaves the guest paused: `status` has to show why.
-                if case .notResumed = error { $0.reason = error.description }
-            }
+    }
+
+    private func migrate(_ request: ControlRequest, for peer: LocalSocket) throws {
+        let place = request.to ?? ""
+        // Whatever comes of the request: a descriptor that the client passed is closed here.
+        let passed = request.passesDescriptor == true ? try peer.receiveDescriptor() : nil
+        let machine: Machine
+        do { machine = try beginMigration(to: place) } catch {
+            if let passed { close(passed) }
             throw error
         }
-        state.withLock {
-            $0.migration?.isUnderWay = false
-            $0.migration?.report = report
+        do {
+            let channel: ByteChannel
+            if let passed {
+                channel = try ByteChannel(adopting: passed, name: place)
+            } else {
+                let address = try ChannelAddress(parsing: place)
+                try refuseOwnSocket(address)
+                channel = try ByteChannel.connect(to: address)
+            }
+            let outgoing = OutgoingMachine(machine)
+            let source = MigrationSource(
+                guest: outgoing, trackers: outgoing.trackers, hinter: outgoing.hinter,
+                options: (request.options ?? MigrationRequest()).options, progress: observer(peer))
+            let report = try follow(source) { () throws(MigrationError) in try source.run(over: channel) }
+            finish(report, at: place, machine, peer)
+            endMigration(nil)
+        } catch {
+            endMigration(error)
+            throw error
         }
+    }
+
+    private func finish(_ report: MigrationReport, at place: String, _ machine: Machine, _ peer: LocalSocket) {
         switch report.outcome {
         case .completed:
-            state.withLock { $0.reason = "migrated to \(address)" }
+            state.withLock { $0.reason = "migrated to \(place)" }
             peer.send(JSON.line(ControlReply(done: true, report: report)))
             machine.end(.migrated)
         case .unknown:
             let reason =
-                "paused: whether the guest runs at \(address) is unknown (\(report.outcomeReason ?? "no answer")); look there, and resume here only if it does not"
+                "paused: whether the guest runs at \(place) is unknown (\(report.outcomeReason ?? "no answer")); look there, and resume here only if it does not"
             state.withLock { $0.reason = reason }
             peer.send(JSON.line(ControlReply(error: reason, report: report)))
+        }
+    }
+
+    private func snapshot(_ request: ControlRequest, for peer: LocalSocket) throws {
+        let path = request.to ?? ""
+        guard path.hasPrefix("/") else { throw Complaint("the snapshot's path '\(path)' is not absolute") }
+        let machine = try beginMigration(to: "file:\(path)")
+        do {
+            let job = SnapshotJob(
+                of: machine, to: path, options: (request.options ?? MigrationRequest()).options, progress: observer(peer))
+            let isLast = request.endsAfterwards == true
+            let report = try follow(job.source) { () throws(MigrationError) in try job.run(keepsPaused: isLast) }
+            endMigration(nil)
+            if isLast { state.withLock { $0.reason = "saved to \(path)" } }
+            peer.send(JSON.line(ControlReply(done: true, report: report)))
+            if isLast { machine.end(.migrated) }
+        } catch {
+            endMigration(error)
+            throw error
         }
     }
 }

@@ -54,6 +54,10 @@ static inline int lacuna_fcntl_getfl(int fd) { return fcntl(fd, F_GETFL); }
 // A descriptor of its own for the same file, close-on-exec.
 static inline int lacuna_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
 static inline int lacuna_errno(void) { return errno; }
+// lseek() to the next data or hole of a sparse file; <unistd.h> has the names with _GNU_SOURCE only.
+static const int lacuna_SEEK_DATA = 3;
+static const int lacuna_SEEK_HOLE = 4;
+int lacuna_rename(const char *from, const char *to);
 // mmap() with NULL for MAP_FAILED, a cast that Swift does not import.
 static inline void *lacuna_mmap(size_t bytes, int protection, int flags, int fd, off_t offset) {
     void *mapping = mmap(NULL, bytes, protection, flags, fd, offset);

@@ -42,10 +42,12 @@ extension Stage {
         return Guest(child: child, control: control)
     }
 
-    func receive(_ name: String, at address: String, more: [String] = []) throws(Failure) -> Guest {
+    func receive(
+        _ name: String, at address: String, more: [String] = [], until text: String = "waiting for a guest"
+    ) throws(Failure) -> Guest {
         let control = "\(name).ctl"
         let child = try start(name, ["./lacuna", "receive", "--listen", address, "--control", control] + more)
-        try wait(child, for: "waiting for a guest", seconds: 30)
+        try wait(child, for: text, seconds: 30)
         return Guest(child: child, control: control)
     }
 

@@ -18,6 +18,7 @@ let migrationScenarios: [Scenario] = [
     },
     Scenario(name: "busy-guest", memory: 2560, limit: 900, isQuick: false, body: busyGuest),
     Scenario(name: "switch-over", memory: 2560, limit: 600, isQuick: false, body: switchOver),
+    Scenario(name: "snapshot", memory: 4096, limit: 900, isQuick: true, body: snapshots),
 ]
 
 /// A guest that dirties memory faster than the channel takes it: it stays when the time is over, and goes when it may be
