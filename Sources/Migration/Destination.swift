@@ -147,7 +147,8 @@ private struct ReceivingRun {
             case .verify:
                 guard let pages = header.pages(in: memory) else { throw .badStream("checksums outside RAM") }
                 let checksums = try reader.payload(of: header, idleMilliseconds: idle)
-                if let wrong = Verification.differences(pages, checksums, in: memory) {
+                let own = guest.checksums(of: pages).map(Verification.encode) ?? Verification.checksums(of: pages, in: memory)
+                if let wrong = Verification.differences(pages, checksums, own) {
                     throw .notVerified(page: wrong.first, count: wrong.count)
                 }
             case .state:

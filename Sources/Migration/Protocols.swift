@@ -114,6 +114,8 @@ public protocol IncomingGuest: AnyObject, Sendable {
     func received(pages: Range<Int>) throws(PartFailure)
     /// `pages`, which had been filled, read as zero again.
     func dropped(pages: Range<Int>) throws(PartFailure)
+    /// The CRC-32C of each of `pages`, where the memory that `prepare` returned does not hold them; nil: it does.
+    func checksums(of pages: Range<Int>) -> [UInt32]?
     /// Loads the state. The sections come from the peer and are untrusted. The guest must not run before `start`.
     func load(state: [StateSection]) throws(PartFailure)
     /// Runs the guest.
@@ -125,4 +127,5 @@ public protocol IncomingGuest: AnyObject, Sendable {
 extension IncomingGuest {
     public func received(pages: Range<Int>) throws(PartFailure) {}
     public func dropped(pages: Range<Int>) throws(PartFailure) {}
+    public func checksums(of pages: Range<Int>) -> [UInt32]? { nil }
 }

@@ -80,6 +80,11 @@ public final class SnapshotWriter: IncomingGuest {
         state.withLock { state in for page in 0..<pages.count { state.table[place.index + page] = zeroPageChecksum } }
     }
 
+    public func checksums(of pages: Range<Int>) -> [UInt32]? {
+        guard let place = try? place(of: pages).place else { return [] }
+        return state.withLock { Array($0.table[place.index..<place.index + pages.count]) }
+    }
+
     public func load(state sections: [StateSection]) throws(PartFailure) {
         var (header, file, bytes, table): (SnapshotHeader, Int32, [UInt8], [UInt32]) = state.withLock {
             $0.metadata.sections = sections

@@ -12,16 +12,20 @@ enum Verification {
     static func checksums(of pages: Range<Int>, in memory: GuestMemory) -> [UInt8]? {
         let address = PageFrameNumber(UInt64(pages.lowerBound)).address
         guard let host = memory.hostPointer(address, bytes: pages.count * pageSize) else { return nil }
+        return encode((0..<pages.count).map { lacuna_crc32c(0, host + $0 * pageSize, pageSize) })
+    }
+
+    /// Checksums as a frame carries them.
+    static func encode(_ checksums: [UInt32]) -> [UInt8] {
         var encoder = StateEncoder()
-        for page in 0..<pages.count { encoder.put(lacuna_crc32c(0, host + page * pageSize, pageSize)) }
+        for checksum in checksums { encoder.put(checksum) }
         return encoder.bytes
     }
 
-    /// The first page whose checksum is not the one given, and how many there are. `checksums` has one for each page.
-    static func differences(_ pages: Range<Int>, _ checksums: [UInt8], in memory: GuestMemory) -> (first: Int, count: Int)? {
-        guard let own = Verification.checksums(of: pages, in: memory), own.count == checksums.count else {
-            return (pages.lowerBound, pages.count)
-        }
+    /// The first page whose checksum is not the one given, and how many there are. `checksums` has one for each page;
+    /// `own` is nil where this side cannot tell.
+    static func differences(_ pages: Range<Int>, _ checksums: [UInt8], _ own: [UInt8]?) -> (first: Int, count: Int)? {
+        guard let own, own.count == checksums.count else { return (pages.lowerBound, pages.count) }
         if own == checksums { return nil }
         let different = (0..<pages.count).filter {
             own[checksumBytes * $0..<checksumBytes * ($0 + 1)] != checksums[checksumBytes * $0..<checksumBytes * ($0 + 1)]

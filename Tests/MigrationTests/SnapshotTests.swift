@@ -83,8 +83,10 @@ private final class Folder {
         for page in guest.pages { guest.fill(page: page, seed: 3) }
         let free = Array(guest.pages[256..<1792])
         let hinter = ScriptedHinter(guest.journal) { request in report(request, guest.memory, free) }
-        let result = try save(guest, to: folder.file("a"), hinter, options: quickOptions(skip: true))
-        #expect(result.skippedPages == free.count)
+        var options = quickOptions(skip: true)
+        options.verify = true
+        let result = try save(guest, to: folder.file("a"), hinter, options: options)
+        #expect(result.skippedPages == free.count && result.verifiedPages == guest.pages.count - free.count)
         let reader = try SnapshotReader(path: folder.file("a"))
         expectSame(try reader.mapMemory(), as: guest, except: Set(free))
         expectSame(try reader.readMemory(), as: guest, except: Set(free))
