@@ -20,6 +20,7 @@ let package = Package(
         .library(name: "Virtio", targets: ["Virtio"]),
         .library(name: "Balloon", targets: ["Balloon"]),
         .library(name: "KVM", targets: ["KVM"]),
+        .library(name: "VhostUser", targets: ["VhostUser"]),
         .library(name: "Migration", targets: ["Migration"]),
         .library(name: "Machine", targets: ["Machine"]),
     ],
@@ -29,11 +30,16 @@ let package = Package(
         .target(name: "Virtio", dependencies: ["GuestMemory"], swiftSettings: guestFacing),
         .target(name: "Balloon", dependencies: ["CLinux", "GuestMemory", "Virtio"], swiftSettings: guestFacing),
         .target(name: "KVM", dependencies: ["CLinux"], swiftSettings: common),
+        .target(
+            name: "VhostUser", dependencies: ["Balloon", "CLinux", "GuestMemory", "Virtio"],
+            swiftSettings: guestFacing),
         .target(name: "Migration", dependencies: ["CLinux", "GuestMemory"], swiftSettings: common),
         .target(
             name: "Machine", dependencies: ["CLinux", "GuestMemory", "Virtio", "Balloon", "KVM", "Migration"],
             swiftSettings: common),
-        .executableTarget(name: "lacuna", dependencies: ["CLinux", "Machine", "Migration"], swiftSettings: common),
+        .executableTarget(
+            name: "lacuna", dependencies: ["CLinux", "GuestMemory", "Machine", "Migration", "VhostUser"],
+            swiftSettings: common),
 
         .target(
             name: "TestSupport", dependencies: ["GuestMemory", "Virtio"], path: "Tests/TestSupport",
@@ -42,6 +48,9 @@ let package = Package(
             name: "GuestMemoryTests", dependencies: ["CLinux", "GuestMemory", "TestSupport"], swiftSettings: common),
         .testTarget(name: "VirtioTests", dependencies: ["Virtio", "TestSupport"], swiftSettings: common),
         .testTarget(name: "BalloonTests", dependencies: ["Balloon", "TestSupport"], swiftSettings: common),
+        .testTarget(
+            name: "VhostUserTests", dependencies: ["Balloon", "CLinux", "GuestMemory", "TestSupport", "VhostUser", "Virtio"],
+            swiftSettings: common),
         .testTarget(name: "MigrationTests", dependencies: ["Migration", "TestSupport"], swiftSettings: common),
         .testTarget(name: "MachineTests", dependencies: ["CLinux", "GuestMemory", "KVM", "Machine", "Migration", "TestSupport"], swiftSettings: common),
         .executableTarget(

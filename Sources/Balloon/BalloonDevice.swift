@@ -27,10 +27,10 @@ public final class BalloonDevice: VirtioDevice {
 
     private static let queueSize: UInt16 = 256
     /// Ids below mean that there is no request; 1 is reserved.
-    private static let firstRequest: UInt32 = 2
-    private static let stop: UInt32 = 0
+    static let firstRequest: UInt32 = 2
+    static let stop: UInt32 = 0
 
-    private struct State {
+    struct State {
         // What the driver negotiated. Empty without a driver.
         var features: UInt64 = 0
         var queues: [VirtQueue?] = []
@@ -58,8 +58,8 @@ public final class BalloonDevice: VirtioDevice {
 
     private let memory: GuestMemory
     /// The pages that are RAM, as a mask for what a guest claims.
-    private let ram: PageBitmap
-    private let monitor: Monitor<State>
+    let ram: PageBitmap
+    let monitor: Monitor<State>
 
     public init(memory: GuestMemory) {
         self.memory = memory

@@ -17,6 +17,14 @@ struct PageLists {
 
     init(frames: Int) { inflated = PageBitmap(bitCount: frames) }
 
+    /// The pages of `other` that are still RAM.
+    init(_ other: PageLists, within ram: PageBitmap) {
+        self.init(frames: ram.bitCount)
+        for index in 0..<min(ram.wordCount, other.inflated.wordCount) {
+            inflated.store(other.inflated.word(index) & ram.word(index), inWord: index)
+        }
+    }
+
     /// Takes one chain of 32-bit page frame numbers.
     func accept(_ chain: DescriptorChain, _ direction: Direction, ram: PageBitmap, _ counters: inout BalloonCounters) {
         switch direction {

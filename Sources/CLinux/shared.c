@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #define _GNU_SOURCE
 #include "CLinux.h"
+#include <grp.h>
+#include <linux/capability.h>
 #include <linux/magic.h>
+#include <stdio.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
-
-_Static_assert(lacuna_MSG_DONTWAIT == MSG_DONTWAIT, "a constant of the kernel's");
 
 union control {
     struct cmsghdr header;
@@ -75,6 +78,57 @@ int lacuna_seal(int fd) {
 }
 
 int lacuna_seals(int fd) { return fcntl(fd, F_GET_SEALS); }
+
+// --- privileges ---
+
+int lacuna_drop_privileges(int64_t uid, int64_t gid) {
+    struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+    struct __user_cap_data_struct none[2];
+    struct rlimit nothing = { 0, 0 };
+
+    memset(none, 0, sizeof none);
+    if (uid >= 0) {
+        // Groups first: they need the privilege that goes with the user.
+        if (setgroups(0, NULL) != 0 || setresgid((gid_t)gid, (gid_t)gid, (gid_t)gid) != 0 ||
+            setresuid((uid_t)uid, (uid_t)uid, (uid_t)uid) != 0)
+            return -1;
+    }
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || syscall(SYS_capset, &header, none) != 0)
+        return -1;
+    return setrlimit(RLIMIT_CORE, &nothing);
+}
+
+int lacuna_forbid_processes(void) {
+    struct rlimit nothing = { 0, 0 };
+    return setrlimit(RLIMIT_NPROC, &nothing);
+}
+
+// Read here rather than by getpwnam(), which a static executable can only call with the libraries of the C library it
+// was linked with at hand.
+int lacuna_find_user(const char *name, int64_t *uid, int64_t *gid) {
+    char line[1024], *end;
+    unsigned long number = strtoul(name, &end, 10);
+    bool is_number = *name != 0 && *end == 0, found = false;
+    FILE *file = fopen("/etc/passwd", "re");
+
+    if (file == NULL)
+        return -1;
+    while (!found && fgets(line, sizeof line, file) != NULL) {
+        char *fields[4], *rest = line;
+        int count = 0;
+        while (count < 4 && (fields[count] = strsep(&rest, ":")) != NULL)
+            count++;
+        if (count < 4)
+            continue;
+        found = is_number ? strtoul(fields[2], NULL, 10) == number : strcmp(fields[0], name) == 0;
+        if (found) {
+            *uid = (int64_t)strtoul(fields[2], NULL, 10);
+            *gid = (int64_t)strtoul(fields[3], NULL, 10);
+        }
+    }
+    fclose(file);
+    return found ? 0 : -1;
+}
 
 // --- guards ---
 

@@ -30,6 +30,10 @@ let help = """
       migrate  --control SOCKET --to 'exec:ssh HOST lacuna relay unix:PATH'
       relay    ADDRESS     joins its standard input and output with ADDRESS
 
+    The balloon device for another VMM (vhost-user), and its hints:
+      vhost-user  --socket PATH [--hint-socket PATH] [--target SIZE] [--user NAME] [--address-limit SIZE]
+      hints status|request|target  --hint-socket PATH [--timeout MS] [--size SIZE]
+
       --kernel FILE        an unmodified x86-64 bzImage, such as /boot/vmlinuz-6.1.0-…-amd64
       --initramfs FILE     its initial RAM file system
       --cmdline TEXT       the kernel's command line (console=ttyS0)
@@ -53,6 +57,13 @@ let help = """
       --verify             compare a checksum of every page sent at the end; costs downtime
       --status             print where the migration stands, or how the last one ended, as JSON
       --text TEXT          typed at the guest's console; \\n ends a line
+      --socket PATH        where the front end connects
+      --hint-socket PATH   where to listen for, or find, the socket for hints (protocol/hint-socket.md)
+      --target SIZE        memory the balloon is to take from the beginning
+      --user NAME          the user to become once the sockets are there
+      --address-limit SIZE the highest guest address a front end may use (1T)
+      --timeout MS         how long to wait for the guest's answer (1000)
+      --size SIZE          memory the balloon is to take
       --power-button       ask the guest to switch itself off instead of ending it at once
 
     Exit status: 0 done; 1 failed, with the reason in one line; 2 wrong usage. `run` and `receive` end with 0 when the

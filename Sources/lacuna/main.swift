@@ -20,6 +20,8 @@ func perform(_ words: ArraySlice<String>) throws(Complaint) {
     case "resume": try Client.simple(words.dropFirst(), .resume)
     case "type": try Client.type(words.dropFirst())
     case "stop": try Client.stop(words.dropFirst())
+    case "vhost-user": try VhostUserCommand.run(words.dropFirst())
+    case "hints": try HintsCommand.run(words.dropFirst())
     case let other?: throw .usage("there is no command '\(other)'")
     }
     if words.isEmpty { throw .usage("give a command") }

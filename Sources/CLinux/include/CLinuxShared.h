@@ -7,6 +7,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <sys/types.h>
 
 // The most descriptors one message can carry: SCM_MAX_FD of the kernel.
@@ -28,7 +30,18 @@ int lacuna_memfd(const char *name);
 int lacuna_seal(int fd);
 // fcntl(): the seals on a file; -1 if it can have none.
 int lacuna_seals(int fd);
-static const int lacuna_MSG_DONTWAIT = 0x40;
+static const int lacuna_MSG_DONTWAIT = MSG_DONTWAIT;
+static const int lacuna_EFD_FLAGS = EFD_CLOEXEC | EFD_NONBLOCK;
+static const int lacuna_SOCK_SEQPACKET_CLOEXEC = SOCK_SEQPACKET | SOCK_CLOEXEC;
+
+// Gives up every capability and the way to new ones, and becomes user `uid` with group `gid` and no others (-1: stays
+// who it is). No memory image of the process will be written. Before any other thread: it is for the calling one and
+// those it starts. 0, or -1 with errno.
+int lacuna_drop_privileges(int64_t uid, int64_t gid);
+// No more threads and processes from here on, unless the user is root.
+int lacuna_forbid_processes(void);
+// The user and group of a name, or of a number; -1 if there is none.
+int lacuna_find_user(const char *name, int64_t *uid, int64_t *gid);
 
 // A mapping of a file that somebody else may truncate: an access beyond its end raises SIGBUS. A guarded mapping gets
 // private zero pages in that place instead, and the guard remembers. Takes effect with lacuna_guard_install(), which

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+public import GuestMemory
+
+extension BalloonDevice {
+    /// A device for the guest of `old`, over another view of its memory or for the time after a pause: the target, the
+    /// configuration, the counters and the sequence of requests go on; queues, features and windows do not.
+    ///
+    /// - Parameter keepingPages: the driver goes on, too, so that the pages of the balloon are still in it. If it may
+    ///   have been reset meanwhile they must not count as given up any more (rule W5).
+    public convenience init(memory: GuestMemory, succeeding old: BalloonDevice, keepingPages: Bool) {
+        self.init(memory: memory)
+        let previous = old.monitor.withLock { $0 }
+        monitor.withLock { state in
+            state.target = previous.target
+            state.actual = previous.actual
+            state.poison = previous.poison
+            state.nextRequest = previous.nextRequest
+            state.counters = previous.counters
+            if keepingPages { state.lists = PageLists(previous.lists, within: ram) }
+        }
+    }
+
+    /// Whether the report that answers `request` may still come, or is there and was not taken: `request` is that of
+    /// the window open now, and neither the driver nor the device gave up on it.
+    public func isReportPending(_ request: UInt32) -> Bool {
+        monitor.withLock { state in
+            guard let window = state.window, window.request == request else { return false }
+            if case .over = window.stage { return false }
+            return true
+        }
+    }
+}
