@@ -5,6 +5,8 @@ internal import GuestMemory
 struct MemoryTable {
     /// Slots: what `GET_MAX_MEM_SLOTS` says.
     static let maximumRegions = 256
+    /// Bytes of one region in a message.
+    static let entryBytes = 32
 
     struct Region {
         let range: GuestRange

@@ -51,8 +51,12 @@ public final class VhostUserService: Sendable {
         wake.signal()
     }
 
-    /// Serves until `stop`. To be called once.
+    /// Serves until `stop`, and takes the sockets' names away then. To be called once.
     public func run() throws(VhostUserFailure) {
+        defer {
+            listener.remove()
+            hintListener?.remove()
+        }
         let backend = try Backend(addressLimit: options.addressLimit, log: log)
         backend.device.setTarget(pages: options.target)
         let hints = HintServer()
@@ -180,7 +184,7 @@ final class ListeningSocket: Sendable {
         self.path = path
     }
 
-    deinit { unsafe unlink(path) }
+    func remove() { unsafe unlink(path) }
 
     func accept() -> OwnedDescriptor? {
         let peer = lacuna_accept(descriptor.number)

@@ -55,16 +55,16 @@ public final class Tally: Sendable {
 
 public func sleep(milliseconds: UInt32) { usleep(milliseconds * 1000) }
 
-/// How many descriptors of this process are open on a file whose name begins so.
-public func openDescriptors(to name: String) -> Int {
-    guard let folder = opendir("/proc/self/fd") else { return -1 }
+/// How many descriptors of a process are open on a file whose name begins so.
+public func openDescriptors(to name: String, process: String = "self") -> Int {
+    guard let folder = opendir("/proc/\(process)/fd") else { return -1 }
     defer { closedir(folder) }
     var count = 0
     while let entry = readdir(folder) {
         let number = withUnsafeBytes(of: &entry.pointee.d_name) { String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self) }
         var target = [UInt8](repeating: 0, count: 4096)
         let bytes = target.withUnsafeMutableBytes {
-            readlink("/proc/self/fd/\(number)", $0.baseAddress!.assumingMemoryBound(to: CChar.self), $0.count)
+            readlink("/proc/\(process)/fd/\(number)", $0.baseAddress!.assumingMemoryBound(to: CChar.self), $0.count)
         }
         if bytes > 0, String(decoding: target[..<bytes], as: UTF8.self).hasPrefix(name) { count += 1 }
     }
