@@ -145,7 +145,7 @@ private func suffer(_ stage: Stage, _ faults: [Fault], randomBytes: Int) throws(
 }
 
 /// Narrow, so that there are several rounds, and pages sent in one are free in the next.
-private let migrationFlags = ["--skip-free-pages", "--hint-timeout", "5000", "--downtime", "20", "--bandwidth", "60M"]
+private let migrationFlags = ["--skip-free-pages", "--hint-timeout", "5000", "--downtime", "20", "--bandwidth", "60M", "--max-rounds", "8"]
 
 /// A migration under way through a relay.
 private struct Line {

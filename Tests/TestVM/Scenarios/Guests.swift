@@ -29,12 +29,12 @@ struct Guest {
 extension Stage {
     func boot(
         _ name: String, memory: String, cpus: Int = 1, run: String, more: String = "", until text: String? = "GUEST-READY",
-        kernel: GuestKernel = .debian12, options: [String] = []
+        kernel: GuestKernel = .debian12, options: [String] = [], on host: TestHost? = nil
     ) throws(Failure) -> Guest {
         let control = "\(name).ctl"
         let child = try start(
             name,
-            [
+            TestHost.command(on: host) + [
                 "./lacuna", "run", "--kernel", kernel.image, "--initramfs", kernel.initramfs, "--memory", memory, "--cpus", "\(cpus)",
                 "--control", control, "--cmdline", "console=ttyS0 quiet lacuna.run=\(run) \(more)",
             ] + options)
@@ -43,10 +43,12 @@ extension Stage {
     }
 
     func receive(
-        _ name: String, at address: String, more: [String] = [], until text: String = "waiting for a guest"
+        _ name: String, at address: String, more: [String] = [], until text: String = "waiting for a guest",
+        on host: TestHost? = nil
     ) throws(Failure) -> Guest {
         let control = "\(name).ctl"
-        let child = try start(name, ["./lacuna", "receive", "--listen", address, "--control", control] + more)
+        let child = try start(
+            name, TestHost.command(on: host) + ["./lacuna", "receive", "--listen", address, "--control", control] + more)
         try wait(child, for: text, seconds: 30)
         return Guest(child: child, control: control)
     }

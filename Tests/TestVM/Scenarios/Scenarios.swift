@@ -8,6 +8,9 @@ struct Scenario: Sendable {
     /// Memory of the machine it runs in, MiB, and how long it may take there, seconds.
     let memory: Int, limit: Int
     let isQuick: Bool
+    /// Programs of the machine that builds and modules of its kernel's tree that it needs there (`bed --program`,
+    /// `bed --module`).
+    var programs: [String] = [], modules: [String] = []
     let body: @Sendable (Stage) throws(Failure) -> Void
 }
 
@@ -18,6 +21,7 @@ let scenarios = [
     migrationScenarios,
     balloonScenarios,
     faultScenarios,
+    twoHostScenarios,
 ].flatMap(\.self)
 
 /// The whole chain, end to end.

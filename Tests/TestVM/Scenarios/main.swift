@@ -30,7 +30,8 @@ func perform(echo: Bool, _ body: (Stage) throws(Failure) -> Bool) -> Never {
 switch words.first {
 case "list":
     for scenario in scenarios where scenario.isQuick || !words.contains("--quick") {
-        say("\(scenario.name) \(scenario.memory) \(scenario.limit)")
+        let more = scenario.programs.map { " --program \($0)" } + scenario.modules.map { " --module \($0)" }
+        say("\(scenario.name) \(scenario.memory) \(scenario.limit)" + more.joined())
     }
 case "run" where words.count == 2 || words.count == 3 && words[2] == "--echo":
     guard let scenario = scenarios.first(where: { $0.name == words[1] }) else {
