@@ -97,3 +97,102 @@ private func backAndForth(_ stage: Stage, flags: [String]) throws(Failure) {
     try stage.verify(back, passes: 9)
     try stage.stop(back)
 }
+
+/// `exec:` with a real ssh between the hosts: encrypted, both ends authenticated, and nothing of lacuna listens on the
+/// network.
+private func overSSH(_ stage: Stage) throws(Failure) {
+    let (near, far) = try stage.twoHosts()
+    let here = try currentFolder()
+    let config = try makeKeys(stage, here, far: far)
+    // The server wants an account of its own and a folder of root's. Both are in a mount namespace of its own.
+    let server = try stage.start(
+        "sshd",
+        TestHost.command(on: far) + [
+            "busybox", "unshare", "-m", "sh", "-c",
+            "mount --bind passwd /etc/passwd && mount -t tmpfs tmpfs /run && mkdir -p /run/sshd && exec \(try path(of: "sshd")) -D -e -f \(here)/sshd.conf",
+        ])
+    try stage.wait(server, for: "Server listening", seconds: 30)
+    // ssh by itself, so that what fails later is not it.
+    let ssh = try path(of: "ssh")
+    let hello = try stage.run(TestHost.command(on: near) + [ssh, "-F", config, "far", "echo", "hello"])
+    try expect(hello.lines == ["hello"] && hello.status == 0, "ssh alone: \(hello.text)")
+
+    let source = try stage.boot("source", memory: "256M", cpus: 2, run: "memcheck:15:20", on: near)
+    try stage.verify(source, passes: 1)
+    func command(_ host: String) -> String {
+        "exec:\(ssh) -F \(config) \(host) \(here)/lacuna relay unix:\(here)/incoming"
+    }
+
+    // A host with another key than the one that was noted is not the destination, whoever it is.
+    let client = try stage.run(
+        ["./lacuna", "migrate", "--control", source.control, "--to", command("stranger")], seconds: patience)
+    try expect(client.status == 1, "the migration to a host with a wrong key ended with \(client.status ?? -1)")
+    say("a stranger's key: \(client.text)")
+    try expect(
+        source.child.count("Host key verification failed") == 1, "ssh's own reason does not reach the operator: \(client.text)")
+    try expect(try stage.isRunning(source), "the source does not run after ssh refused")
+
+    let destination = try stage.receive("destination", at: "unix:\(here)/incoming", on: far)
+    _ = try stage.migrate(source, to: destination, throughCableAt: command("far"), flags: [])
+    try expect(server.count("Accepted publickey") > 0, "sshd let nobody in: \(server.text)")
+    try stage.verify(destination, passes: 9)
+    try stage.stop(destination)
+}
+
+private func currentFolder() throws(Failure) -> String {
+    guard let text = getcwd(nil, 0) else { throw Failure("getcwd: errno \(errno)") }
+    defer { free(text) }
+    return String(cString: text)
+}
+
+private func writeFile(_ name: String, _ text: String) throws(Failure) {
+    do { try Data(text.utf8).write(to: URL(filePath: name)) } catch { throw Failure("\(name): \(error)") }
+}
+
+/// Keys of this run, the server's and the client's configuration. Returns the client's.
+private func makeKeys(_ stage: Stage, _ here: String, far: TestHost) throws(Failure) -> String {
+    for name in ["host", "user", "stranger"] {
+        unlink("\(name).key")
+        let child = try stage.run([try path(of: "ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", "\(name).key"])
+        guard child.status == 0 else { throw Failure("ssh-keygen: \(child.text)") }
+    }
+    func publicKey(_ name: String) throws(Failure) -> String {
+        let text: String
+        do { text = try String(contentsOf: URL(filePath: "\(name).key.pub"), encoding: .utf8) } catch {
+            throw Failure("\(name).key.pub: \(error)")
+        }
+        return text.split(separator: " ").prefix(2).joined(separator: " ")
+    }
+    try writeFile("passwd", "root:x:0:0:root:/root:/bin/sh\nsshd:x:65534:65534::/run/sshd:/bin/false\n")
+    try writeFile("known", "far \(try publicKey("host"))\nstranger \(try publicKey("stranger"))\n")
+    try writeFile(
+        "sshd.conf",
+        """
+        ListenAddress \(far.ipv4)
+        HostKey \(here)/host.key
+        AuthorizedKeysFile \(here)/user.key.pub
+        PermitRootLogin prohibit-password
+        PasswordAuthentication no
+        StrictModes no
+        UsePAM no
+        PidFile none
+
+        """)
+    func host(_ name: String) -> String {
+        """
+        Host \(name)
+            HostName \(far.ipv4)
+            HostKeyAlias \(name)
+            User root
+            IdentityFile \(here)/user.key
+            IdentitiesOnly yes
+            BatchMode yes
+            StrictHostKeyChecking yes
+            UserKnownHostsFile \(here)/known
+            GlobalKnownHostsFile none
+
+        """
+    }
+    try writeFile("ssh.conf", host("far") + host("stranger"))
+    return "\(here)/ssh.conf"
+}
