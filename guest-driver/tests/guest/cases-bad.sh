@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: GPL-2.0
+# Devices that do not do what they should, and ends that come at bad times.
+
+case_small_rings()
+{
+	expect_log 'request [0-9]*: no memory, an empty report'
+	load_driver
+	for ring in 1 2 4 64; do
+		load_device ring=$ring
+		ask 2
+		flags=$(value flags "$report")
+		if [ $ring = 1 ]; then
+			# First, last, failed: honest and empty.
+			[ "$flags" = 7 ] && [ "$(value chains "$report")" = 1 ] ||
+				fail "ring of 1: $report"
+		else
+			[ "$flags" = 2 ] || fail "ring of $ring: $report"
+			check_complete
+		fi
+		rmmod lacuna_test_device || fail rmmod
+	done
+}
+
+case_no_queue()
+{
+	expect_log 'offers bitmaps and has no queue for them'
+	load_device no_queue=1
+	load_driver
+	inflate 1000
+	echo 2 > $params/request
+	inflate 0
+	grep -q '^none' $params/request || fail "a report without a queue"
+}
+
+case_changing_id()
+{
+	load_device
+	load_test_driver batch=8 pause_us=2000
+	id=2
+	while [ $id -lt 30 ]; do
+		echo $id > $params/request
+		usleep $((id * 1000))
+		id=$((id + 1))
+	done
+	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
+	wait_for 30 answered 29 || fail "no answer to the last request"
+	report=$(cat $params/request)
+	[ "$(value errors "$report")" = 0 ] || fail "$report"
+	[ "$(figure stale_requests)" -gt 0 ] || fail "no walk was cut short"
+	note "$(figure stale_requests) of $(figure requests) given up"
+	echo 2000 > /sys/module/lacuna_balloon/parameters/pause_us
+	# And a stop in the middle: nothing more comes.
+	echo 40 > $params/request
+	usleep 20000
+	echo 0 > $params/request
+	wait_for 10 idle_again || fail "the walk goes on after a stop"
+	answered 40 && fail "an answer after a stop"
+	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
+	ask 41
+	check_complete
+}
+
+idle_again()
+{
+	[ "$(figure last_request)" = 40 ] && [ "$(figure last_error)" = -125 ]
+}
+
+case_slow_device()
+{
+	load_device ring=2 delay_ms=300
+	load_driver
+	ask 2
+	check_complete
+	echo 3 > $params/request
+	echo 4 > $params/request
+	ask 5
+}
+
+overdue()
+{
+	[ "$(figure overdue_buffers)" -ge 1 ]
+}
+
+# Bit 5 is the bitmap's queue.
+case_bitmap_kept()
+{
+	expect_log 'buffers not returned'
+	load_device keep=32
+	load_driver
+	echo 2 > $params/request
+	wait_for 30 overdue || fail "the driver waits for ever"
+	# A new request cannot be answered, and costs nothing.
+	echo 3 > $params/request
+	inflate 1000
+	inflate 0
+	# They come back at last: on it goes, with no further notice.
+	echo 0 > $params/keep
+	wait_for 30 answered 3 || fail "no report after the buffers came back"
+	ask 4
+	check_complete
+	# And unloading while they are kept.
+	echo 32 > $params/keep
+	echo 5 > $params/request
+	usleep 100000
+	within 10 rmmod lacuna_balloon
+}
+
+case_balloon_kept()
+{
+	expect_log 'the device keeps a buffer of the'
+	load_device keep=1
+	load_driver
+	echo 1000 > $params/target
+	wait_for 30 overdue || fail "the driver waits for ever"
+	# Reports are not held up.
+	ask 2
+	# It goes on by itself when the buffer comes back.
+	echo 0 > $params/keep
+	inflate 1000
+	echo 2 > $params/keep
+	echo 0 > $params/target
+	wait_for 30 [ "$(figure overdue_buffers)" -ge 1 ] || fail "deflate"
+	usleep 6000000
+	within 15 rmmod lacuna_balloon
+	[ "$(vmstat balloon_inflate)" -ge 1000 ] || fail "nothing was inflated"
+	echo 0 > $params/keep
+	load_driver
+	inflate 500
+}
+
+reported()
+{
+	[ "$(value reported "$(cat $params/target)")" -gt 0 ]
+}
+
+# The pages must not be free while the device has them: only a reset ends it.
+case_reporting_kept()
+{
+	expect_log 'the device keeps pages, resetting it'
+	load_device features=0x20 keep=16
+	load_driver
+	dd if=/dev/zero of=/tmp/fill bs=1M count=64 2>/dev/null
+	rm /tmp/fill
+	usleep 4000000
+	within 15 rmmod lacuna_balloon
+	echo 0 > $params/keep
+	load_driver
+	wait_for 30 reported || fail "no reporting afterwards"
+}
+
+case_hints_kept()
+{
+	load_device features=0x8 keep=8
+	load_driver
+	before=$(free_pages)
+	echo 2 > $params/hint
+	usleep 7000000
+	within 15 rmmod lacuna_balloon
+	[ "$(free_pages)" -ge $((before - 4000)) ] || fail "memory is lost"
+}
+
+# A walk that would last for minutes.
+endless()
+{
+	echo "$1" > $params/request
+	usleep 50000
+}
+
+case_unload_in_walk()
+{
+	load_device
+	for round in 1 2 3; do
+		load_test_driver batch=1 pause_us=50000
+		endless 2
+		within 5 rmmod lacuna_balloon
+	done
+	load_driver
+	ask 2
+	check_complete
+}
+
+case_unplug_in_walk()
+{
+	load_device
+	load_test_driver batch=1 pause_us=50000
+	for round in 1 2 3; do
+		endless 2
+		within 5 sh -c "echo 1 > $params/replug"
+	done
+	endless 2
+	within 5 rmmod lacuna_test_device
+	load_device
+	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
+	ask 2
+	check_complete 90
+}
+
+case_reset_in_walk()
+{
+	load_device
+	load_test_driver batch=1 pause_us=50000
+	for round in 1 2 3; do
+		endless 2
+		within 5 sh -c "echo 1 > $params/suspend"
+	done
+	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
+	ask 2
+	check_complete 90
+}
+
+# Everything that is ever allocated comes back.
+case_leaks()
+{
+	load_device features=0x3f
+	cycle
+	cycle
+	before=$(meminfo MemFree)
+	for round in 1 2 3 4 5 6 7 8 9 10 11 12; do cycle; done
+	# One chunk of bitmap in each round would be 384 KiB.
+	lost=$((before - $(meminfo MemFree)))
+	note "$lost KiB less free after 12 rounds"
+	[ $lost -lt 300 ] || fail "$lost KiB are gone"
+}
+
+cycle()
+{
+	load_driver
+	ask 2
+	inflate 2000
+	echo 3 > $params/hint
+	ask 3
+	echo 1 > $params/suspend
+	inflate 2000
+	echo 4 > $params/request
+	rmmod lacuna_balloon || fail rmmod
+	echo 3 > /proc/sys/vm/drop_caches
+}

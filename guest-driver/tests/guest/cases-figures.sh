@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-2.0
+# The figures. Each is a ratio, or a time on an emulated processor; times are
+# the least of several runs, since others use the same machine.
+
+least_of()
+{
+	sort -n | head -n 1
+}
+
+# walk_ns FIRST_ID COUNT: the shortest walk of so many.
+walks()
+{
+	id=$1
+	while [ $id -lt $(($1 + $2)) ]; do
+		ask $id
+		value "$3" "$report"
+		id=$((id + 1))
+	done > /tmp/values
+	[ -s /tmp/values ] || fail "no figures"
+	least_of < /tmp/values
+}
+
+# Block by block against bit by bit, over the same lists.
+case_walk()
+{
+	load_device
+	load_test_driver
+	ask 2
+	check_complete
+	fast=$(walks 10 8 walk_ns)
+	echo 1 > /sys/module/lacuna_balloon/parameters/bitwise
+	slow=$(walks 20 8 walk_ns)
+	note "memory $(($(meminfo MemTotal) >> 10)) MiB"
+	note "by block $fast ns, by bit $slow ns, ratio $((slow / fast))"
+	[ $slow -ge $((fast * 10)) ] || fail "by block $fast, by bit $slow ns"
+	rmmod lacuna_balloon
+	load_driver
+	total=$(walks 30 8 walk_ns)
+	note "production build $total ns"
+	[ "$total" -lt 2000000 ] || fail "the walk takes $total ns"
+}
+
+# The longest hold, with the memory idle and all of it in single pages.
+case_hold()
+{
+	load_device
+	load_driver batch=64
+	idle=$(walks 10 12 lock_ns)
+	echo 98 > $params/fragment
+	fragmented=$(walks 40 6 lock_ns)
+	blocks=$(value blocks "$report")
+	ask 50
+	[ "$(value blocks "$report")" -gt $(($(value pages "$report") * 6 / 10)) ] ||
+		fail "not fragmented: $report"
+	note "batch 64: idle $idle ns, fragmented $fragmented ns, $(value blocks "$report") blocks"
+	[ $fragmented -le $((idle * 2)) ] ||
+		fail "idle $idle ns, fragmented $fragmented ns"
+	echo 0 > $params/fragment
+}
+
+dirty_and_free()
+{
+	# Random bytes, so that clearing a page changes it.
+	dd if=/dev/urandom of=/tmp/seed bs=64k count=16 2>/dev/null
+	mib=$(($(meminfo MemFree) / 1024 * 7 / 10))
+	while [ $mib -gt 0 ]; do
+		cat /tmp/seed
+		mib=$((mib - 1))
+	done > /tmp/fill
+	rm /tmp/fill
+}
+
+stop_noise()
+{
+	usleep 300000
+	sync
+}
+
+# Against the kernel's own driver and its hints: time from the request to the
+# last hint, and pages whose contents changed meanwhile.
+case_stock()
+{
+	load_device features=0x8
+	insmod /modules/virtio_balloon.ko || fail "insmod virtio_balloon"
+	dirty_and_free
+	stop_noise
+	echo 1 > $params/sums
+	echo 2 > $params/hint
+	wait_for 120 hints_stopped || fail "no end: $(cat $params/hint)"
+	echo 2 > $params/sums
+	stock_dirty=$(cat $params/sums)
+	stock_ns=$(value last_ns "$(cat $params/hint)")
+	stock_pages=$(value pages "$(cat $params/hint)")
+	rmmod virtio_balloon
+	load_driver
+	dirty_and_free
+	ask 2
+	stop_noise
+	echo 1 > $params/sums
+	ask 3
+	echo 2 > $params/sums
+	our_dirty=$(cat $params/sums)
+	check_complete
+	our_pages=$(value pages "$report")
+	our_ns=$(walks 10 5 total_ns)
+	note "stock: $stock_pages pages hinted in $stock_ns ns, $stock_dirty dirtied"
+	note "bitmap: $our_pages pages in $our_ns ns, $our_dirty dirtied"
+	note "$((stock_ns / our_ns)) x shorter"
+	[ "$our_pages" -ge "$stock_pages" ] || fail "fewer pages"
+	[ "$stock_ns" -ge $((our_ns * 50)) ] ||
+		fail "stock $stock_ns ns, bitmap $our_ns ns"
+	[ $((our_dirty * 100)) -le "$stock_dirty" ] ||
+		fail "stock dirtied $stock_dirty pages, bitmap $our_dirty"
+}

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# What the cases share. A case is a function case_NAME, run in a shell of its
+# own with both modules unloaded before and after. It fails by calling fail, or
+# when the kernel's log holds a warning that it did not announce by expect_log.
+
+params=/sys/module/lacuna_test_device/parameters
+expected=/tmp/expected
+
+fail()
+{
+	echo "$*" > /tmp/reason
+	exit 1
+}
+
+note()
+{
+	echo "$*" >> /tmp/notes
+}
+
+# expect_log REGEX: such a message is what this case is about.
+expect_log()
+{
+	echo "$1" >> "$expected"
+}
+
+# wait_for SECONDS COMMAND...: until COMMAND succeeds.
+wait_for()
+{
+	limit=$(($(uptime_s) + $1))
+	shift
+	until "$@"; do
+		[ "$(uptime_s)" -lt "$limit" ] || return 1
+		usleep 20000
+	done
+}
+
+uptime_s()
+{
+	cut -d . -f 1 /proc/uptime
+}
+
+# within SECONDS COMMAND...: fails the case if it takes longer.
+within()
+{
+	seconds=$1
+	shift
+	before=$(uptime_s)
+	"$@" || fail "$* failed"
+	took=$(($(uptime_s) - before))
+	[ $took -le "$seconds" ] || fail "$* took $took s"
+}
+
+# value NAME TEXT: of NAME=VALUE among words.
+value()
+{
+	echo "$2" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+}
+
+meminfo()
+{
+	sed -n "s/^$1: *\([0-9]*\) kB$/\1/p" /proc/meminfo
+}
+
+vmstat()
+{
+	sed -n "s/^$1 //p" /proc/vmstat
+}
+
+# figure NAME: from debugfs, of the test device's driver.
+figure()
+{
+	cat /sys/kernel/debug/lacuna_balloon/* | sed -n "s/^$1 //p" | tail -n 1
+}
+
+# How many free pages the kernel counts, those the CPUs hold back included.
+free_pages()
+{
+	awk '/nr_free_pages/ { free = $2 } END { print free }' /proc/vmstat
+}
+
+load_driver()
+{
+	insmod "/modules/lacuna_balloon.ko" "$@" || fail "insmod lacuna_balloon"
+}
+
+# With what only tests need: the slow walk, and pauses between holds.
+load_test_driver()
+{
+	insmod "/modules/lacuna_balloon_test.ko" "$@" ||
+		fail "insmod of the test build"
+}
+
+load_device()
+{
+	insmod /modules/lacuna_test_device.ko "$@" || fail "insmod device"
+}
+
+unload()
+{
+	for name in lacuna_balloon virtio_balloon lacuna_test_device; do
+		grep -q "^$name " /proc/modules || continue
+		before=$(uptime_s)
+		rmmod $name || fail "rmmod $name"
+		took=$(($(uptime_s) - before))
+		[ $took -le 20 ] || fail "rmmod $name took $took s"
+	done
+}
+
+answered()
+{
+	grep -q "^id=$1 " $params/request
+}
+
+# ask ID [SECONDS]: request a report, wait for it, and check it.
+ask()
+{
+	echo "$1" > $params/request
+	wait_for "${2:-30}" answered "$1" ||
+		fail "no report $1: $(cat $params/request)"
+	report=$(cat $params/request)
+	for name in errors stale wrong held_hit outside; do
+		[ "$(value $name "$report")" = 0 ] || fail "report: $report"
+	done
+}
+
+# The report in $report holds about what is free. What the CPUs hold back is
+# in it and not in the count.
+check_complete()
+{
+	pages=$(value pages "$report")
+	least=$(value free_before "$report")
+	after=$(value free_after "$report")
+	[ "$after" -lt "$least" ] && least=$after
+	[ "$pages" -ge $((least * ${1:-97} / 100)) ] ||
+		fail "only $pages of $least free pages: $report"
+	[ "$pages" -le $((least + least / 20 + 8192)) ] ||
+		fail "$pages of $least free pages: $report"
+}
+
+target_is()
+{
+	[ "$(value actual "$(cat $params/target)")" = "$1" ] &&
+		[ "$(value inside "$(cat $params/target)")" = "$1" ]
+}
+
+# inflate PAGES: to that size, and check both sides' books.
+inflate()
+{
+	echo "$1" > $params/target
+	wait_for "${2:-60}" target_is "$1" ||
+		fail "balloon: $(cat $params/target), not $1"
+	[ "$(value wrong "$(cat $params/target)")" = 0 ] ||
+		fail "balloon: $(cat $params/target)"
+}
+
+# monitor COMMAND REGEX: to the machine's monitor, until it answers so.
+monitor()
+{
+	: > /tmp/monitor
+	echo "$1" > /dev/ttyS1
+	wait_for 20 grep -q -E "$2" /tmp/monitor ||
+		fail "monitor: $1: $(tr -d '\r' < /tmp/monitor | tail -n 3)"
+}
+
+# The kernel's log above the level of notices, without what was announced.
+bad_log()
+{
+	dmesg -r | grep '^<[0-4]>' |
+		grep -v -e 'taints kernel' -e 'module verification failed' |
+		grep -v -E -f "$expected"
+}
+
+run_case()
+{
+	rm -f /tmp/reason /tmp/notes
+	: > /tmp/notes
+	echo '^$' > "$expected"
+	dmesg -c > /dev/null
+	started=$(uptime_s)
+	( "case_$1" && unload )
+	status=$?
+	# Whatever was left by a case that failed.
+	( unload ) > /dev/null 2>&1
+	took="$(($(uptime_s) - started)) s"
+	if [ $status -ne 0 ]; then
+		echo "CASE not ok $1 ($(cat /tmp/reason 2>/dev/null))"
+		dmesg | tail -n 30
+	elif bad_log > /tmp/bad; then
+		echo "CASE not ok $1 (kernel log: $(head -n 3 /tmp/bad))"
+		dmesg | tail -n 60
+	else
+		echo "CASE ok $1 ($took$(sed 's/^/; /' /tmp/notes |
+			tr -d '\n'))"
+	fi
+}
