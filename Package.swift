@@ -38,7 +38,7 @@ let package = Package(
             name: "Machine", dependencies: ["CLinux", "GuestMemory", "Virtio", "Balloon", "KVM", "Migration"],
             swiftSettings: common),
         .executableTarget(
-            name: "lacuna", dependencies: ["CLinux", "GuestMemory", "Machine", "Migration", "VhostUser"],
+            name: "lacuna", dependencies: ["Balloon", "CLinux", "GuestMemory", "Machine", "Migration", "VhostUser"],
             swiftSettings: common),
 
         .target(

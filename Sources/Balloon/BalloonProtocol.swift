@@ -6,9 +6,29 @@ internal import Virtio
 public enum BalloonFeature {
     /// The driver tells the device before it uses a page of the balloon again.
     public static let mustTellHost: UInt64 = 1 << 0
+    /// There is a queue for statistics.
+    public static let statistics: UInt64 = 1 << 1
+    /// The guest may take pages back when it runs out of memory. A Linux guest then counts the balloon as used memory;
+    /// without the feature its total shrinks.
+    public static let deflateOnOOM: UInt64 = 1 << 2
+    /// There is a queue for free page hints, and `free_page_hint_cmd_id` is valid.
+    public static let freePageHint: UInt64 = 1 << 3
     /// `poison_val` is valid.
     public static let pagePoison: UInt64 = 1 << 4
+    /// There is a queue on which the driver reports free pages by itself.
+    public static let pageReporting: UInt64 = 1 << 5
     public static let freePageBitmap: UInt64 = 1 << UInt64(VIRTIO_BALLOON_F_FREE_PAGE_BITMAP)
+
+    /// Every feature there is, with the name an operator knows it by.
+    public static let names: [(name: String, mask: UInt64)] = [
+        ("must-tell-host", mustTellHost), ("stats", statistics), ("deflate-on-oom", deflateOnOOM),
+        ("free-page-hint", freePageHint), ("page-poison", pagePoison), ("page-reporting", pageReporting),
+        ("free-page-bitmap", freePageBitmap),
+    ]
+    /// All features.
+    public static let all = names.reduce(0) { $0 | $1.mask }
+    /// What is offered unless the operator says otherwise: a balloon that the guest does not take back by itself.
+    public static let standard = all & ~deflateOnOOM
 }
 
 /// Offsets in the balloon's configuration space (virtio 1.3, section 5.5.4), in bytes. All fields are 32 bits,

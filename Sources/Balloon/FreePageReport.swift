@@ -25,6 +25,14 @@ public struct FreePageFigures: Sendable, Codable, Equatable {
     }
 }
 
+/// How a driver tells which pages are free.
+public enum HintMethod: String, Sendable, Codable {
+    /// protocol/free-page-bitmap.md: the guest looks and does not touch.
+    case bitmap
+    /// `VIRTIO_BALLOON_F_FREE_PAGE_HINT`: the guest allocates its free memory and holds it.
+    case freePageHint = "free-page-hint"
+}
+
 /// One whole report of free pages: the answer to one request.
 public struct FreePageReport: Sendable {
     /// The request it answers: what `BalloonDevice.openWindow` returned.
@@ -32,7 +40,7 @@ public struct FreePageReport: Sendable {
     /// Pages that were free at some moment since the request, by page frame, and pages that the balloon holds; as large
     /// as the guest memory's other bitmaps. Only pages that are RAM. The receiver has the bitmap for itself.
     public let pages: PageBitmap
-    /// Nil if the driver sent none.
+    /// Nil if the driver sent none, or knows of none.
     public let figures: FreePageFigures?
 }
 
@@ -49,6 +57,46 @@ public struct BalloonCounters: Sendable, Codable, Equatable {
     public var listedPagesNotRAM: UInt64 = 0
     /// Lists with device-writable parts, of a length that is not a multiple of 4, or too long.
     public var malformedLists: UInt64 = 0
+
+    /// Pages listed for inflation that were in the balloon already.
+    public var pagesInflatedTwice: UInt64 = 0
+    /// Pages listed for deflation that were not in the balloon.
+    public var pagesNotInflated: UInt64 = 0
+
+    // What went back to the host.
+    /// Pages, inflated or reported.
+    public var releasedPages: UInt64 = 0
+    /// In so many runs.
+    public var releases: UInt64 = 0
+
+    // Free page reporting.
+    public var reportingChains: UInt64 = 0
+    /// Pages in them.
+    public var reportedFreePages: UInt64 = 0
+    /// Of those, pages left as they are because the guest expects its poison there.
+    public var reportedPagesKept: UInt64 = 0
+    /// Reports with readable parts, or of less than whole pages.
+    public var malformedReportings: UInt64 = 0
+
+    // Statistics.
+    public var statisticsBuffers: UInt64 = 0
+    /// Buffers of a wrong length or direction.
+    public var malformedStatistics: UInt64 = 0
+    /// Tags that nobody knows here.
+    public var unknownStatistics: UInt64 = 0
+    /// Buffers that came while the device still had one.
+    public var extraStatisticsBuffers: UInt64 = 0
+
+    // Free page hints.
+    public var hintChains: UInt64 = 0
+    /// Pages hinted in time.
+    public var hintedPages: UInt64 = 0
+    /// Command ids of a wrong length, or that a driver has no reason to send.
+    public var malformedHints: UInt64 = 0
+    /// Hints that followed no command id.
+    public var misplacedHints: UInt64 = 0
+    /// Command ids and hints for another request than the current one.
+    public var staleHints: UInt64 = 0
 
     // Reports.
     public var requests: UInt64 = 0

@@ -33,13 +33,15 @@ struct HintWindow {
     private static let pieceWords = 512
 
     let request: UInt32
+    let method: HintMethod
     private(set) var stage = Stage.waiting
     private let pages: PageBitmap
     private var figures: FreePageFigures?
 
     /// - Parameter frames: the bitmap's size in page frames.
-    init(request: UInt32, frames: Int) {
+    init(request: UInt32, method: HintMethod = .bitmap, frames: Int) {
         self.request = request
+        self.method = method
         pages = PageBitmap(bitCount: frames)
     }
 
@@ -53,7 +55,7 @@ struct HintWindow {
     /// Reads one chain of the bitmap queue. `ram` has the bits of all pages that are RAM; bits for others are dropped
     /// and counted in `notRAM`.
     mutating func accept(_ chain: DescriptorChain, ram: PageBitmap, notRAM: inout UInt64) -> Outcome {
-        guard isPending else { return .late }
+        guard isPending, method == .bitmap else { return .late }
         do throws(ReportFault) {
             var reader = chain.reader()
             // One too short for a header does not say which request it was meant for: malformed.
@@ -101,6 +103,29 @@ struct HintWindow {
             left -= count
         }
     }
+
+    // MARK: Free page hints (virtio 1.3, section 5.5.6.6)
+
+    /// The driver began to hint in answer to this request.
+    mutating func begin() { if case .waiting = stage { stage = .collecting } }
+
+    /// Whether hints that follow the command id `stream` count: they answer this request, and it is still open (rule
+    /// W2).
+    func takesHints(of stream: UInt32) -> Bool {
+        guard method == .freePageHint, stream == request, case .collecting = stage else { return false }
+        return true
+    }
+
+    /// Adds hinted pages. Each hint stands for itself: a part of the hints is as good as all of them.
+    mutating func add(_ run: Range<Int>) { pages.set(run) }
+
+    /// Whether there is something to be had although the driver has not come to its end.
+    var isPartial: Bool {
+        guard method == .freePageHint, case .collecting = stage else { return false }
+        return true
+    }
+
+    // MARK: The end
 
     /// Makes the report out of what was collected, together with pages that are free for another reason.
     mutating func complete(adding others: PageBitmap?) {

@@ -9,11 +9,21 @@ struct PageLists {
         case deflate
     }
 
+    /// What a list did.
+    struct Outcome {
+        /// Runs that can go back to the host, whole units of it, in ascending order.
+        var released: [Range<Int>] = []
+        /// What was wrong with it, for a log.
+        var fault: String?
+    }
+
     /// The most page numbers in one chain. Linux sends 256; the bound keeps the work for one chain short.
     static let maximumPages = 16384
 
     /// Pages in the balloon, by page frame. Only RAM.
     private(set) var inflated: PageBitmap
+    /// How many they are.
+    private(set) var count = 0
 
     init(frames: Int) { inflated = PageBitmap(bitCount: frames) }
 
@@ -26,7 +36,11 @@ struct PageLists {
     }
 
     /// Takes one chain of 32-bit page frame numbers.
-    func accept(_ chain: DescriptorChain, _ direction: Direction, ram: PageBitmap, _ counters: inout BalloonCounters) {
+    ///
+    /// - Parameter unit: pages that the host can only take back together, a power of two.
+    mutating func accept(
+        _ chain: DescriptorChain, _ direction: Direction, ram: PageBitmap, unit: Int, _ counters: inout BalloonCounters
+    ) -> Outcome {
         switch direction {
         case .inflate: counters.inflateChains &+= 1
         case .deflate: counters.deflateChains &+= 1
@@ -42,35 +56,82 @@ struct PageLists {
         } catch {
             counters.malformedLists &+= 1
             // Which pages the guest takes back cannot be told: then none counts as given up any more (rule W5).
-            if direction == .deflate { inflated.clearAll() }
-            return
+            if direction == .deflate {
+                inflated.clearAll()
+                self.count = 0
+            }
+            return Outcome(fault: "a list of pages of \(chain.readableBytes) bytes, or with writable parts")
         }
+        var outcome = Outcome(), strangers = 0, changed: [Int] = []
+        changed.reserveCapacity(pages.count)
         for page in pages {
             let page = Int(page)
             guard page < ram.bitCount, ram[page] else {
-                counters.listedPagesNotRAM &+= 1
+                strangers += 1
                 continue
             }
-            let isIn = inflated[page]
-            switch direction {
-            case .inflate where !isIn:
+            switch (direction, inflated[page]) {
+            case (.inflate, false):
                 inflated.set(page..<page + 1)
-                counters.inflatedPages &+= 1
-            case .deflate where isIn:
+                changed.append(page)
+            case (.deflate, true):
                 inflated.clear(page..<page + 1)
-                counters.deflatedPages &+= 1
-            case .inflate, .deflate: break
+                changed.append(page)
+            // Not discarded again: who knows what the driver has made of it since.
+            case (.inflate, true): counters.pagesInflatedTwice &+= 1
+            case (.deflate, false): counters.pagesNotInflated &+= 1
             }
         }
+        counters.listedPagesNotRAM &+= UInt64(strangers)
+        if strangers > 0 { outcome.fault = "\(strangers) pages in a list are not the guest's RAM" }
+        switch direction {
+        case .inflate:
+            self.count += changed.count
+            counters.inflatedPages &+= UInt64(changed.count)
+            outcome.released = releasable(changed, unit: unit)
+        case .deflate:
+            self.count -= changed.count
+            counters.deflatedPages &+= UInt64(changed.count)
+        }
+        return outcome
     }
 
-    /// As runs of pages.
+    /// The runs of whole units among newly inflated pages. Linux takes a list's pages one by one, mostly side by side
+    /// and in either order.
+    private func releasable(_ pages: [Int], unit: Int) -> [Range<Int>] {
+        var runs: [Range<Int>] = []
+        for page in pages.sorted() {
+            // A unit goes back with the page that completes it.
+            let start = page & ~(unit - 1), whole = start..<start + unit
+            if let last = runs.last, last.upperBound > page { continue }
+            guard unit == 1 || inflated.nextRun(from: start, limit: unit) == whole else { continue }
+            if let last = runs.last, last.upperBound == start {
+                runs[runs.count - 1] = last.lowerBound..<whole.upperBound
+            } else {
+                runs.append(whole)
+            }
+        }
+        return runs
+    }
+
+    // MARK: Saved state
+
+    private static let asRuns: UInt8 = 0
+    private static let asWords: UInt8 = 1
+
+    /// As runs of pages or as the bitmap's words, whichever is shorter.
     func encode(into encoder: inout StateEncoder) {
         var runs: [Range<Int>] = [], place = 0
-        while let run = inflated.nextRun(from: place) {
+        while runs.count <= inflated.wordCount, let run = inflated.nextRun(from: place) {
             runs.append(run)
             place = run.upperBound
         }
+        if runs.count > inflated.wordCount {
+            encoder.put(Self.asWords)
+            for index in 0..<inflated.wordCount { encoder.put(inflated.word(index)) }
+            return
+        }
+        encoder.put(Self.asRuns)
         encoder.put(UInt32(runs.count))
         for run in runs {
             encoder.put(UInt32(run.lowerBound))
@@ -78,20 +139,28 @@ struct PageLists {
         }
     }
 
-    /// Takes runs, untrusted: ascending, and all within RAM. Work and memory are bounded by the bytes that are there.
+    /// Takes runs or words, untrusted: runs ascending, and all within RAM. Work and memory are bounded by the bytes that
+    /// are there.
     init(from decoder: inout StateDecoder, ram: PageBitmap) throws(StateError) {
         self.init(frames: ram.bitCount)
-        let count = try decoder.take(UInt32.self)
-        var end = 0
-        for _ in 0..<count {
-            let start = Int(try decoder.take(UInt32.self)), length = Int(try decoder.take(UInt32.self))
-            guard start >= end, length > 0, start + length <= ram.bitCount else {
-                throw StateError("balloon pages \(start) + \(length) are out of order or beyond the memory")
+        switch try decoder.take(UInt8.self) {
+        case Self.asWords:
+            for index in 0..<inflated.wordCount { inflated.store(try decoder.take(UInt64.self), inWord: index) }
+        case Self.asRuns:
+            let count = try decoder.take(UInt32.self)
+            var end = 0
+            for _ in 0..<count {
+                let start = Int(try decoder.take(UInt32.self)), length = Int(try decoder.take(UInt32.self))
+                guard start >= end, length > 0, start + length <= ram.bitCount else {
+                    throw StateError("balloon pages \(start) + \(length) are out of order or beyond the memory")
+                }
+                end = start + length
+                inflated.set(start..<end)
             }
-            end = start + length
-            inflated.set(start..<end)
+        case let other: throw StateError("balloon pages of form \(other)")
         }
-        guard inflated.intersectionCount(ram) == inflated.population else {
+        count = inflated.population
+        guard inflated.intersectionCount(ram) == count else {
             throw StateError("the balloon holds pages that are not RAM")
         }
     }

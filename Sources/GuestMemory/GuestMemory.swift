@@ -163,7 +163,10 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
     }
 
     /// True if page frame `page` is RAM.
-    public func isRAM(page: Int) -> Bool { isRAM(pages: page..<page + 1) }
+    public func isRAM(page: Int) -> Bool {
+        // Compared first: the end of the last page number's range would be beyond the largest integer.
+        page < frameCount && isRAM(pages: page..<page + 1)
+    }
 
     /// Copies guest memory out.
     public func read(_ address: GuestAddress, into buffer: UnsafeMutableRawBufferPointer) throws(GuestMemoryError) {
@@ -221,10 +224,13 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
     public func fence() { lacuna_fence() }
 
     /// Enters the pages of a write into `writeLog`. To be called after the bytes are in place: a bit taken too early
-    /// would let the migration send the page as it was before.
+    /// would let the migration send the page as it was before. Of an access that is not all RAM, what is beyond the last
+    /// page frame is left out.
     public func logWrite(_ address: GuestAddress, bytes: Int) {
-        guard bytes > 0 else { return }
-        let first = Int(address.rawValue >> pageShift), last = Int((address.rawValue + UInt64(bytes) - 1) >> pageShift)
+        guard bytes > 0, address.rawValue >> pageShift < UInt64(frameCount) else { return }
+        let end = address.advanced(by: UInt64(bytes) - 1)?.rawValue ?? .max
+        // Cannot overflow: page frames have 52 bits.
+        let first = Int(address.rawValue >> pageShift), last = min(Int(end >> pageShift), frameCount - 1)
         for page in first...last { writeLog.atomicSet(page) }
         guard hasSharedLog.load(ordering: .acquiring) else { return }
         // Under the lock, so that the log is not unmapped meanwhile.

@@ -131,9 +131,9 @@ internal import CLinux
         return index << 6 + bits.trailingZeroBitCount
     }
 
-    /// The first run of set bits at or after `page`, cut off at `limit` bits.
+    /// The first run of set bits at or after `page`, cut off at `limit` bits. Never empty: nil for a limit below 1.
     public func nextRun(from page: Int, limit: Int = .max) -> Range<Int>? {
-        guard let start = next(from: page) else { return nil }
+        guard limit > 0, let start = next(from: page) else { return nil }
         var end = start
         while end < bitCount {
             let clear = ~word(end >> 6) >> UInt64(end & 63)

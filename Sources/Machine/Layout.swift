@@ -18,6 +18,9 @@ enum Layout {
     static let acpiTables: UInt64 = 0xf_0000
     static let acpiTablesSize: UInt64 = 0x1_0000
 
+    /// Page frames below 1 MiB that the kernel is not told of as RAM.
+    static let firmwarePages = 0x9f..<0x100
+
     static let virtioBase: UInt64 = 0xd000_0000
     /// Each virtio-mmio device has a page, though its registers fill only 0x200 bytes.
     static let virtioStride: UInt64 = 0x1000

@@ -12,6 +12,8 @@ public struct MachineConfiguration: Sendable, Equatable {
     public var memorySize: UInt64
     /// 1 to 8.
     public var vcpus: Int
+    /// What the balloon offers, of `BalloonFeature`.
+    public var balloonFeatures = BalloonFeature.standard
     public init(memorySize: UInt64, vcpus: Int) {
         self.memorySize = memorySize
         self.vcpus = vcpus
@@ -21,6 +23,9 @@ public struct MachineConfiguration: Sendable, Equatable {
         guard (1...8).contains(vcpus) else { throw MachineError("\(vcpus) vCPUs; give 1 to 8 with --cpus") }
         guard memorySize % (2 << 20) == 0, memorySize >= 64 << 20, memorySize <= 1 << 40 else {
             throw MachineError("\(memorySize >> 20) MiB of guest memory; give a multiple of 2 MiB from 64M to 1024G with --memory")
+        }
+        guard balloonFeatures & ~BalloonFeature.all == 0 else {
+            throw MachineError("the balloon has features that this release does not know; use the same release on both sides")
         }
     }
 }
@@ -61,6 +66,7 @@ public final class Machine: Sendable {
     let serial: SerialPort
     let power: PowerManagement
     let transports: [MMIOTransport]
+    let poller = StatisticsPoller()
 
     private struct Run {
         var wanted = Wanted.paused
@@ -126,7 +132,10 @@ public final class Machine: Sendable {
         let vm = vm
         serial = SerialPort(output: console) { vm.setLine(Layout.serialLine, high: $0) }
         power = PowerManagement { vm.setLine(Layout.systemControlLine, high: $0) }
-        balloon = BalloonDevice(memory: memory)
+        balloon = BalloonDevice(
+            memory: memory, features: configuration.balloonFeatures, reserved: Layout.firmwarePages,
+            log: { message in logLine("balloon: \(message)") })
+        balloon.setQuiesced(true)
         let pulse = EdgeLine(vm: vm, line: Layout.virtioLine)
         transports = [MMIOTransport(device: balloon, memory: memory) { pulse.raise() }]
         run = Monitor(Run())
@@ -176,6 +185,7 @@ public final class Machine: Sendable {
 
     /// Lets the vCPUs run; starts their threads the first time. No effect on a machine that has ended.
     public func resume() {
+        balloon.setQuiesced(false)
         let first = run.update { state in
             guard state.wanted == .paused else { return false }
             state.wanted = .running
@@ -195,12 +205,17 @@ public final class Machine: Sendable {
             if state.wanted == .running { state.wanted = .paused }
             return state.started
         }
-        if !started { return true }
-        kick()
-        return run.wait { state in
-            if state.end != nil { return false }
-            return state.parked == self.vcpus.count ? true : nil
+        if started {
+            kick()
+            let isParked = run.wait { state in
+                if state.end != nil { return false }
+                return state.parked == self.vcpus.count ? true : nil
+            }
+            guard isParked else { return false }
         }
+        // Requests of the host's own write guest memory as well.
+        balloon.setQuiesced(true)
+        return true
     }
 
     /// Ends the machine for good. The first reason given stays.

@@ -6,7 +6,7 @@ import Virtio
 
 /// What the destination has to build before the first page arrives.
 struct MachineDescription {
-    static let version: UInt16 = 1
+    static let version: UInt16 = 2
     var configuration: MachineConfiguration
     var virtioDevices: [UInt32]
     var cpuid: [CPUIDEntry]
@@ -16,6 +16,7 @@ struct MachineDescription {
         encoder.put(Self.version)
         encoder.put(configuration.memorySize)
         encoder.put(UInt16(configuration.vcpus))
+        encoder.put(configuration.balloonFeatures)
         encoder.put(UInt16(virtioDevices.count))
         for device in virtioDevices { encoder.put(device) }
         encoder.put(UInt16(cpuid.count))
@@ -42,6 +43,7 @@ struct MachineDescription {
         }
         let size = try decoder.take(UInt64.self)
         configuration = MachineConfiguration(memorySize: size, vcpus: Int(try decoder.take(UInt16.self)))
+        configuration.balloonFeatures = try decoder.take()
         var devices: [UInt32] = []
         for _ in 0..<(try decoder.take(UInt16.self)) { devices.append(try decoder.take()) }
         virtioDevices = devices
@@ -141,5 +143,9 @@ extension Machine {
                 try decoder.finish()
             }
         } catch { throw PartFailure("cannot load the state of \(current): \(error)") }
+        // The interrupt controllers have their state: a notification or an interrupt that was on its way between the
+        // two machines is made up for. Before the vCPUs run, so that nobody else serves the queues.
+        for transport in transports { transport.kick() }
+        pollStatistics(every: balloon.statisticsInterval)
     }
 }

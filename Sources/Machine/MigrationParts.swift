@@ -43,12 +43,12 @@ final class KVMDirtyLog: DirtyTracker {
     func disarm() { for slot in slots { try? vm.set(slot, logDirtyPages: false) } }
 }
 
-/// The balloon's free-page bitmap as the migration's hinter.
+/// The balloon as the migration's hinter: the free-page bitmap if the guest has our module, free page hints otherwise.
 final class BalloonHinter: FreePageHinter {
     private let balloon: BalloonDevice
     init(_ balloon: BalloonDevice) { self.balloon = balloon }
     var refusal: String? { balloon.refusal }
-    var method: String { "bitmap" }
+    var method: String { (balloon.hintMethod ?? .bitmap).rawValue }
     func request() -> UInt32 { balloon.openWindow() }
     func wait(for request: UInt32, milliseconds: Int) -> HintReport? {
         guard let report = balloon.waitForReport(request, milliseconds: milliseconds) else { return nil }
@@ -61,6 +61,7 @@ final class BalloonHinter: FreePageHinter {
             })
     }
     func stop() { balloon.closeWindow() }
+    func finish() { balloon.releaseHints() }
 }
 
 /// A running machine as the source of a migration.

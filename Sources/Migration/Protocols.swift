@@ -71,6 +71,13 @@ public protocol FreePageHinter: AnyObject, Sendable {
     func wait(for request: UInt32, milliseconds: Int) -> HintReport?
     /// Ends the wish: chains that come later are dropped and counted.
     func stop()
+    /// Ends the wish, and lets the guest have again what it holds for the hints' sake. Called at the end of every
+    /// migration that asked, successful or not, and maybe with the guest paused; must not wait for it.
+    func finish()
+}
+
+extension FreePageHinter {
+    public func finish() { stop() }
 }
 
 /// One named part of the machine's state (a vCPU's registers, a device), as bytes only its owner understands.

@@ -162,7 +162,6 @@ final class SourceRun {
         let dirtied = try sendRounds(tracking)
         // The guest need not work for us while it is being stopped (W8).
         if hasAsked { hinter?.stop() }
-        hasAsked = false
         try stopAndSendRest(tracking, dirtiedBefore: dirtied)
     }
 
@@ -266,6 +265,9 @@ final class SourceRun {
         // Before the call: a pause that fails half-way has to be taken back as well.
         isPaused = true
         do { try guest.pause() } catch { throw .machineFailed(doing: "pausing the guest", why: error.what) }
+        // Not before: a guest that gets its pages back while it still runs here dirties them.
+        if hasAsked { hinter?.finish() }
+        hasAsked = false
         var mark = monotonicNanoseconds()
         func lap() -> Double {
             defer { mark = monotonicNanoseconds() }
@@ -360,7 +362,7 @@ final class SourceRun {
     func giveUp(_ cause: MigrationError) -> MigrationError {
         channel.setDeadline(milliseconds: nil)
         if convergence.throttlePercent > 0 { guest.throttle(percent: 0) }
-        if hasAsked { hinter?.stop() }
+        if hasAsked { hinter?.finish() }
         var failure = cause
         if isPaused {
             do {

@@ -12,11 +12,37 @@ public struct GuestSegment: Hashable, Sendable {
     }
 }
 
+/// What a queue needs to know of a chain to take it back. Plain data: a device that keeps a buffer for longer saves it
+/// with its own state. A wrong one, from a hostile state, confuses nobody but the driver.
+public struct BufferToken: Sendable, Hashable {
+    /// The index of the first descriptor (split), or the buffer's id (packed).
+    public let head: UInt16
+    /// The descriptors of the ring that the chain takes, in a packed queue; 1 in a split one.
+    public let slots: UInt16
+    public init(head: UInt16, slots: UInt16) {
+        self.head = head
+        self.slots = slots
+    }
+
+    public init(from decoder: inout StateDecoder) throws(StateError) {
+        head = try decoder.take()
+        slots = try decoder.take()
+    }
+
+    public func encode(into encoder: inout StateEncoder) {
+        encoder.put(head)
+        encoder.put(slots)
+    }
+}
+
 /// A buffer as the driver made it available: a validated private copy of its descriptors (virtio 1.3, section 2.7.5).
 /// The descriptors cannot change any more; the bytes they point at can, at any time.
 public struct DescriptorChain: Sendable {
-    /// Index of the first descriptor: the chain's name when it is given back.
+    /// Index of the first descriptor (split) or the buffer's id (packed).
     public let head: UInt16
+    /// The chain's name when it is given back.
+    public var token: BufferToken { BufferToken(head: head, slots: slots) }
+    private let slots: UInt16
     /// What the device may read, in order.
     public let readable: [GuestSegment]
     /// What the device may write, in order.
@@ -27,8 +53,11 @@ public struct DescriptorChain: Sendable {
     public let writableBytes: Int
     let memory: GuestMemory
 
-    init(head: UInt16, readable: [GuestSegment], writable: [GuestSegment], memory: GuestMemory) {
+    init(
+        head: UInt16, slots: UInt16 = 1, readable: [GuestSegment], writable: [GuestSegment], memory: GuestMemory
+    ) {
         self.head = head
+        self.slots = slots
         self.readable = readable
         self.writable = writable
         self.memory = memory

@@ -153,6 +153,9 @@ public final class VirtQueue: Sendable {
     }
 
     /// Gives a chain back, with the number of bytes written to it.
+    public func push(_ token: BufferToken, written: UInt32) { push(head: token.head, written: written) }
+
+    /// Gives a chain back by its head.
     public func push(head: UInt16, written: UInt32) {
         progress.withLock { progress in
             guard progress.isEnabled else { return }

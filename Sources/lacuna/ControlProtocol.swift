@@ -6,7 +6,7 @@ import Migration
 /// What a client asks of a running guest: one JSON object on a line.
 struct ControlRequest: Codable, Sendable {
     enum Command: String, Codable {
-        case migrate, snapshot, migrationStatus, switchOver, cancel, status, pause, resume, type, stop
+        case migrate, snapshot, migrationStatus, switchOver, cancel, status, pause, resume, type, stop, balloon
     }
     var command: Command
     /// migrate: the channel's address; snapshot: the file's path
@@ -20,6 +20,7 @@ struct ControlRequest: Codable, Sendable {
     var text: String?
     /// stop: press the power button instead of ending the guest
     var powerButton: Bool?
+    var balloon: BalloonRequest?
 }
 
 /// The choices a migration leaves to the operator.
@@ -44,6 +45,7 @@ struct ControlReply: Codable, Sendable {
     var status: MachineStatus?
     var report: MigrationReport?
     var migration: MigrationStatus?
+    var balloon: BalloonAnswer?
 }
 
 /// The migration under way, or the last one.

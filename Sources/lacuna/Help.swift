@@ -7,7 +7,7 @@ let help = """
 
     Start a guest, and get a destination ready:
       run      --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory SIZE] [--cpus N]
-               [--control SOCKET] [--console WHERE]
+               [--control SOCKET] [--console WHERE] [--balloon FEATURES]
       receive  --listen ADDRESS [--memory SIZE] [--cpus N] [--control SOCKET] [--console WHERE]
       restore  FILE [--full] [--control SOCKET] [--console WHERE]
 
@@ -21,6 +21,10 @@ let help = """
       switch-over  --control SOCKET
       cancel   --control SOCKET
       status   --control SOCKET
+      balloon set     --control SOCKET --size SIZE [--wait MS] [--json]
+      balloon stats   --control SOCKET [--interval MS] [--wait MS] [--json]
+      balloon hint    --control SOCKET [--wait MS] [--json]
+      balloon status  --control SOCKET [--json]
       pause    --control SOCKET
       resume   --control SOCKET
       type     --control SOCKET --text TEXT
@@ -41,10 +45,13 @@ let help = """
       --cpus N             1 to 8 vCPUs (1); for `receive`: refuse a guest with another number
       --control SOCKET     where to listen for, or find, the guest's control socket
       --console WHERE      the serial console: stdio, none or file:PATH, appended to (stdio)
+      --balloon FEATURES   what the balloon offers, separated by commas: must-tell-host, stats, deflate-on-oom,
+                           free-page-hint, page-poison, page-reporting, free-page-bitmap (all but deflate-on-oom)
       --listen ADDRESS     unix:PATH or tcp:HOST:PORT, neither encrypted nor authenticated; or fd:N, or file:PATH
       --to ADDRESS         where `lacuna receive` listens; or fd:N, exec:COMMAND, or file:PATH, which ends the guest
       --full               read and check all of the file before the guest starts, instead of each page when it is needed
-      --skip-free-pages    leave out the pages that the guest has free; its kernel needs the module lacuna_balloon
+      --skip-free-pages    leave out the pages that the guest has free; by lacuna_balloon's bitmap,
+                           or else by the free page hints of its virtio_balloon
       --json FILE          write the migration's report there
       --downtime MS        how long the guest may stand still at the end (300)
       --hint-timeout MS    how long to wait for the guest's answer in each round (200)
@@ -65,6 +72,11 @@ let help = """
       --timeout MS         how long to wait for the guest's answer (1000)
       --size SIZE          memory the balloon is to take
       --power-button       ask the guest to switch itself off instead of ending it at once
+
+      --size SIZE          memory that the guest shall give to the balloon; 0 gives all of it back
+      --interval MS        poll the statistics this often from now on; 0: no more
+      --wait MS            how long the guest may take: to reach the size (0), to answer (5000)
+      balloon … --json     print JSON instead of text
 
     Exit status: 0 done; 1 failed, with the reason in one line; 2 wrong usage. `run` and `receive` end with 0 when the
     guest switched itself off, was stopped, or runs elsewhere.

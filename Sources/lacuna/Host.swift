@@ -72,7 +72,9 @@ enum Host {
                     throw Complaint("the guest asked for a reboot and this process has no kernel to boot; give `lacuna receive` the same --kernel and --initramfs as `lacuna run`")
                 }
                 do {
+                    let before = machine
                     machine = try Machine(machine.configuration, console: console)
+                    machine.inheritBalloon(of: before)
                     try machine.load(kernel: kernel.path, initramfs: kernel.initramfs, commandLine: kernel.commandLine)
                 } catch { throw Complaint("the guest cannot be rebooted: \(error)") }
                 guest.set(machine)
@@ -85,10 +87,11 @@ enum Host {
 
     static func run(_ words: ArraySlice<String>) throws(Complaint) {
         let arguments = try Arguments(
-            words, options: ["kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console"], flags: [])
+            words, options: ["kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console", "balloon"], flags: [])
         guard let kernel = try Kernel(arguments) else { throw .usage("--kernel is missing") }
-        let configuration = MachineConfiguration(
+        var configuration = MachineConfiguration(
             memorySize: try arguments.size("memory") ?? 512 << 20, vcpus: try arguments.integer("cpus", in: 1...8) ?? 1)
+        if let features = arguments["balloon"] { configuration.balloonFeatures = try balloonFeatures(features) }
         let console = try openConsole(arguments["console"] ?? "stdio")
         let guest = RunningGuest()
         let machine: Machine

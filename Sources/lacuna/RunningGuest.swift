@@ -100,12 +100,15 @@ final class RunningGuest: Sendable {
             guard machine.activity != .ended else { throw Complaint("the guest has ended") }
             machine.resume()
             state.withLock { $0.reason = nil }
+        case .balloon:
+            peer.send(JSON.line(ControlReply(done: true, balloon: try answerBalloon(request.balloon, try current()))))
+            return
         case .type: try current().type(Array((request.text ?? "").utf8))
         }
         peer.send(JSON.line(ControlReply(done: true)))
     }
 
-    private func refuseDuringMigration(_ what: String) throws(Complaint) {
+    func refuseDuringMigration(_ what: String) throws(Complaint) {
         if state.withLock({ $0.migrating }) { throw Complaint("the guest is being migrated; \(what) has to wait until that ends") }
     }
 

@@ -18,6 +18,7 @@ func perform(_ words: ArraySlice<String>) throws(Complaint) {
     case "status": try Client.status(words.dropFirst())
     case "pause": try Client.simple(words.dropFirst(), .pause)
     case "resume": try Client.simple(words.dropFirst(), .resume)
+    case "balloon": try BalloonClient.perform(words.dropFirst())
     case "type": try Client.type(words.dropFirst())
     case "stop": try Client.stop(words.dropFirst())
     case "vhost-user": try VhostUserCommand.run(words.dropFirst())

@@ -143,4 +143,28 @@ import Testing
             _ = try? decoder.finish()
         }
     }
+
+    @Test func numbersBeyondAnyMemory() {
+        let memory = GuestMemory.withHole()
+        #expect(!memory.isRAM(page: .max) && !memory.isRAM(page: 2560) && memory.isRAM(page: 2559))
+        // An address and a length that nobody has checked.
+        memory.logWrite(GuestAddress(.max), bytes: .max)
+        memory.logWrite(GuestAddress(.max - 1), bytes: 1)
+        memory.logWrite(GuestAddress(2560 << 12), bytes: 1)
+        #expect(memory.writeLog.population == 0)
+        memory.logWrite(GuestAddress(2559 << 12), bytes: .max)
+        #expect(memory.writeLog.population == 1 && memory.writeLog[2559])
+    }
+
+    @Test func releasedPagesAreLogged() throws {
+        let memory = GuestMemory.withHole()
+        memory.poke([UInt8](repeating: 7, count: 3 * 4096), at: 5 << 12)
+        try memory.release(pages: 5..<7)
+        #expect(memory.peek(5 << 12, count: 3 * 4096) == [UInt8](repeating: 0, count: 8192) + [UInt8](repeating: 7, count: 4096))
+        #expect((0..<2560).filter { memory.writeLog[$0] } == [5, 6])
+        for pages in [1023..<1025, 1024..<1025, 2559..<2561, -1..<1] {
+            #expect(throws: GuestMemoryError.self) { try memory.release(pages: pages) }
+        }
+        #expect(memory.writeLog.population == 2)
+    }
 }

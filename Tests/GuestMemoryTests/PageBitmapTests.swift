@@ -133,4 +133,11 @@ private struct Oracle {
         for thread in threads { thread.join() }
         #expect(taken.value == 2 * rounds)
     }
+
+    @Test func runsAreNeverEmpty() {
+        let bitmap = PageBitmap(bitCount: 128)
+        bitmap.set(60..<70)
+        #expect(bitmap.nextRun(from: 0, limit: 0) == nil && bitmap.nextRun(from: 0, limit: -1) == nil)
+        #expect(bitmap.nextRun(from: 0, limit: 1) == 60..<61)
+    }
 }
