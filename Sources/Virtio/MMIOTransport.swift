@@ -257,6 +257,11 @@ public final class MMIOTransport: Sendable {
         do throws(VirtQueueError) {
             if state.hasRefusedQueue { return line.refuse() }
             try activate(&state)
+            // Linux makes the balloon's first buffer of statistics available, and notifies, before DRIVER_OK. A device
+            // does not look then (section 3.1.2), and nobody notifies again.
+            for index in state.queues.indices where state.queues[index].live?.isEmpty == false {
+                device.notify(queue: index)
+            }
         } catch {
             // Cannot be: the queues were checked when they were made ready, and nothing could change since.
             line.refuse()

@@ -152,6 +152,14 @@ public final class VirtQueue: Sendable {
         }
     }
 
+    /// True if the driver has made nothing available that was not taken yet, as far as can be told.
+    public var isEmpty: Bool {
+        progress.withLock { progress in
+            let index = try? memory.loadAcquire16(GuestAddress(available.rawValue &+ 2))
+            return !progress.isEnabled || index == progress.nextAvailable
+        }
+    }
+
     /// Gives a chain back, with the number of bytes written to it.
     public func push(_ token: BufferToken, written: UInt32) { push(head: token.head, written: written) }
 

@@ -205,6 +205,19 @@ import Virtio
         #expect(answer.time > 1_577_836_800_000)
     }
 
+    /// Linux lays its first buffer out, and notifies, while it sets the queues up.
+    @Test func firstBufferFromBeforeDriverOK() {
+        let bench = StockBench(isStarted: false)
+        #expect(bench.driver.negotiate(features: version1 | BalloonFeature.statistics))
+        for number in 0..<3 { bench.driver.enable(number) }
+        bench.driver.add(queue: 2, readable: [statistics([(4, 5)])])
+        bench.driver.kick(2)
+        #expect(bench.device.counters.statisticsBuffers == 0)
+        bench.driver.add(.driverOK)
+        #expect(bench.device.status.statistics?.values == [.free: 5])
+        #expect(bench.device.requestStatistics() == 1 && bench.driver.queues[2]!.takeUsed().count == 1)
+    }
+
     @Test func requestsBeforeTheAnswerAreOneRequest() {
         let bench = StockBench()
         bench.driver.send(queue: 2, readable: [statistics([(4, 1)])])

@@ -78,15 +78,6 @@ private let chainScenarios: [Scenario] = [
         try stage.verify(destination, passes: 2)
         try stage.stop(destination)
     },
-    Scenario(name: "stock-driver", memory: 2560, limit: 600, isQuick: false) { stage throws(Failure) in
-        let source = try stage.boot("source", memory: "256M", run: memcheckGuest, more: "lacuna.module=stock")
-        try expect(source.child.text.contains("virtio_balloon"), "the stock driver is not loaded")
-        let destination = try stage.receive("destination", at: "unix:channel")
-        let report = try stage.migrate(source, to: destination, at: "unix:channel", flags: ["--skip-free-pages"])
-        try expect(report.hintRefusal?.contains("lacuna_balloon") == true, "the report does not name the module that is missing")
-        try stage.verify(destination, passes: 2)
-        try stage.stop(destination)
-    },
     Scenario(name: "module-reload", memory: 2560, limit: 600, isQuick: false) { stage throws(Failure) in
         try oneMigration(
             stage, address: "unix:channel", flags: ["--skip-free-pages", "--hint-timeout", "5000"], cpus: 2, skips: true,
