@@ -21,6 +21,7 @@ let package = Package(
         .library(name: "Balloon", targets: ["Balloon"]),
         .library(name: "KVM", targets: ["KVM"]),
         .library(name: "VhostUser", targets: ["VhostUser"]),
+        .library(name: "LacunaPlugin", type: .dynamic, targets: ["LacunaPlugin"]),
         .library(name: "Migration", targets: ["Migration"]),
         .library(name: "Machine", targets: ["Machine"]),
     ],
@@ -30,6 +31,11 @@ let package = Package(
         .target(name: "Virtio", dependencies: ["GuestMemory"], swiftSettings: guestFacing),
         .target(name: "Balloon", dependencies: ["CLinux", "GuestMemory", "Virtio"], swiftSettings: guestFacing),
         .target(name: "KVM", dependencies: ["CLinux"], swiftSettings: common),
+        .target(name: "CLacuna"),
+        .target(
+            name: "LacunaPlugin", dependencies: ["Balloon", "CLacuna", "CLinux", "GuestMemory", "Virtio"],
+            exclude: ["examples", "install", "lacuna.map"],
+            swiftSettings: guestFacing),
         .target(
             name: "VhostUser", dependencies: ["Balloon", "CLinux", "GuestMemory", "Virtio"],
             swiftSettings: guestFacing),

@@ -130,6 +130,10 @@ int lacuna_find_user(const char *name, int64_t *uid, int64_t *gid) {
     return found ? 0 : -1;
 }
 
+int lacuna_prefer_writers(pthread_rwlockattr_t *attributes) {
+    return pthread_rwlockattr_setkind_np(attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+}
+
 // --- guards ---
 
 enum { GUARDS = 1024 };

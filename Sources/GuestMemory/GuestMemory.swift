@@ -21,6 +21,19 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
     }
 }
 
+/// What the owner of borrowed guest memory does about it. Called on any thread, with locks of the caller held.
+public struct BorrowedMemoryHooks: Sendable {
+    /// Gives whole pages back, so that they read as zero; false: that is not possible, and they are cleared instead.
+    /// Nil: the memory is private and anonymous, and can be dropped as such.
+    public var discard: (@Sendable (GuestAddress, Int) -> Bool)?
+    /// Bytes were written.
+    public var wrote: @Sendable (GuestAddress, Int) -> Void
+    public init(discard: (@Sendable (GuestAddress, Int) -> Bool)?, wrote: @escaping @Sendable (GuestAddress, Int) -> Void) {
+        self.discard = discard
+        self.wrote = wrote
+    }
+}
+
 /// The guest's RAM: one host mapping for each range of guest-physical addresses.
 ///
 /// Every access is bounds-checked against the ranges; nothing here traps on an address that a guest chose. Writes are
@@ -58,6 +71,8 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
     /// A second log, in memory that another process reads, and whether there is one.
     private let sharedLog = Mutex<SharedDirtyLog?>(nil)
     private let hasSharedLog = Atomic<Bool>(false)
+    /// Of memory that is somebody else's.
+    private let hooks: BorrowedMemoryHooks?
 
     /// Maps zeroed, not yet populated memory for each range. Ranges are in ascending order and each a multiple of
     /// 64 pages, so that no word of a bitmap spans two regions.
@@ -83,6 +98,7 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
             unsafe regions.append(Region(range: range, host: host))
         }
         guard !regions.isEmpty else { throw .badLayout("there is no range") }
+        hooks = nil
         self.regions = regions
         frameCount = Int(end >> pageShift)
         ramPages = Int(ranges.reduce(0) { $0 + $1.size } >> pageShift)
@@ -108,26 +124,58 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
         var regions: [Region] = []
         var end: UInt64 = 0
         for mapping in mappings.sorted(by: { $0.range.start < $1.range.start }) {
-            let range = mapping.range, unit = UInt64(pageSize)
-            guard range.size > 0, range.size % unit == 0, range.start.rawValue % unit == 0 else {
-                throw .badLayout("the range at \(range.start) is not whole pages")
-            }
-            guard range.start.rawValue >= end else { throw .badLayout("the range at \(range.start) overlaps another") }
-            guard range.size <= limit, range.start.rawValue <= limit - range.size else {
-                throw .badLayout("the range at \(range.start) ends beyond the \(limit >> 30) GiB allowed")
-            }
+            let range = mapping.range
+            try Self.check(range, after: end, limit: limit)
             end = range.start.rawValue + range.size
             let file = try SharedFile(mapping, isPrivate: isPrivate)
             unsafe regions.append(Region(range: range, host: file.host, file: file))
         }
         guard !regions.isEmpty else { throw .badLayout("there is no range") }
+        hooks = nil
         self.regions = regions
         frameCount = Int(end >> pageShift)
         ramPages = regions.reduce(0) { $0 + $1.range.pages.count }
         writeLog = PageBitmap(bitCount: frameCount)
     }
 
+    /// Uses mappings that are another's and stay so: who made them sees to it that they outlive this object and all that
+    /// works with it. Ranges may come in any order and begin on any page.
+    public init(
+        borrowing mappings: [(range: GuestRange, host: UnsafeMutableRawPointer)], limit: UInt64,
+        hooks: BorrowedMemoryHooks
+    ) throws(GuestMemoryError) {
+        var regions: [Region] = []
+        var end: UInt64 = 0
+        for unsafe (range, host) in unsafe mappings.sorted(by: { unsafe $0.range.start < $1.range.start }) {
+            try Self.check(range, after: end, limit: limit)
+            guard Int(bitPattern: host) % pageSize == 0 else {
+                throw .badLayout("the range at \(range.start) is not mapped at a page's beginning")
+            }
+            end = range.start.rawValue + range.size
+            unsafe regions.append(Region(range: range, host: host))
+        }
+        guard !regions.isEmpty else { throw .badLayout("there is no range") }
+        self.hooks = hooks
+        self.regions = regions
+        frameCount = Int(end >> pageShift)
+        ramPages = regions.reduce(0) { $0 + $1.range.pages.count }
+        writeLog = PageBitmap(bitCount: frameCount)
+    }
+
+    /// Whole pages, in order, within the limit.
+    private static func check(_ range: GuestRange, after end: UInt64, limit: UInt64) throws(GuestMemoryError) {
+        let unit = UInt64(pageSize)
+        guard range.size > 0, range.size % unit == 0, range.start.rawValue % unit == 0 else {
+            throw .badLayout("the range at \(range.start) is not whole pages")
+        }
+        guard range.start.rawValue >= end else { throw .badLayout("the range at \(range.start) overlaps another") }
+        guard range.size <= limit, range.start.rawValue <= limit - range.size else {
+            throw .badLayout("the range at \(range.start) ends beyond the \(limit >> 20) MiB allowed")
+        }
+    }
+
     deinit {
+        guard hooks == nil else { return }
         for region in regions where region.file == nil { unsafe munmap(region.host, Int(region.range.size)) }
     }
 
@@ -232,6 +280,7 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
         // Cannot overflow: page frames have 52 bits.
         let first = Int(address.rawValue >> pageShift), last = min(Int(end >> pageShift), frameCount - 1)
         for page in first...last { writeLog.atomicSet(page) }
+        hooks?.wrote(address, bytes)
         guard hasSharedLog.load(ordering: .acquiring) else { return }
         // Under the lock, so that the log is not unmapped meanwhile.
         sharedLog.withLock { $0?.mark(first...last) }
@@ -248,6 +297,10 @@ public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
         {
             let offset = address.rawValue - region.range.start.rawValue
             if !file.discard(offset: offset, bytes: UInt64(bytes)) { unsafe memset(host, 0, bytes) }
+            return
+        }
+        if let hook = hooks?.discard {
+            if !hook(address, bytes) { unsafe memset(host, 0, bytes) }
             return
         }
         if unsafe madvise(host, bytes, MADV_DONTNEED) != 0 { unsafe memset(host, 0, bytes) }

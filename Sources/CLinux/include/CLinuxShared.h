@@ -4,6 +4,7 @@
 #ifndef CLINUX_SHARED_H
 #define CLINUX_SHARED_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -50,6 +51,9 @@ int lacuna_guard_add(void *start, size_t bytes, size_t granule);
 void lacuna_guard_remove(int slot);
 bool lacuna_guard_was_hit(int slot);
 int lacuna_guard_install(void);
+
+// Readers that keep coming do not keep a writer out. A GNU extension.
+int lacuna_prefer_writers(pthread_rwlockattr_t *attributes);
 
 // A dirty log shared with another process; a byte at a time, since its size need not be a multiple of 8.
 static inline void lacuna_fetch_or_8(uint8_t *p, uint8_t v) { __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
