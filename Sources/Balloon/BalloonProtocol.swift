@@ -27,8 +27,9 @@ public enum BalloonFeature {
     ]
     /// All features.
     public static let all = names.reduce(0) { $0 | $1.mask }
-    /// What is offered unless the operator says otherwise: a balloon that the guest does not take back by itself.
-    public static let standard = all & ~deflateOnOOM
+    /// What is offered unless the operator says otherwise: a balloon that the guest does not take back by itself, and no
+    /// reporting, which costs a running guest a fault for each page that it takes into use again.
+    public static let standard = all & ~(deflateOnOOM | pageReporting)
 }
 
 /// Offsets in the balloon's configuration space (virtio 1.3, section 5.5.4), in bytes. All fields are 32 bits,

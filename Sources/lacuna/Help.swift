@@ -46,7 +46,8 @@ let help = """
       --control SOCKET     where to listen for, or find, the guest's control socket
       --console WHERE      the serial console: stdio, none or file:PATH, appended to (stdio)
       --balloon FEATURES   what the balloon offers, separated by commas: must-tell-host, stats, deflate-on-oom,
-                           free-page-hint, page-poison, page-reporting, free-page-bitmap (all but deflate-on-oom)
+                           free-page-hint, page-poison, page-reporting, free-page-bitmap
+                           (all but deflate-on-oom and page-reporting)
       --listen ADDRESS     unix:PATH or tcp:HOST:PORT, neither encrypted nor authenticated; or fd:N, or file:PATH
       --to ADDRESS         where `lacuna receive` listens; or fd:N, exec:COMMAND, or file:PATH, which ends the guest
       --full               read and check all of the file before the guest starts, instead of each page when it is needed

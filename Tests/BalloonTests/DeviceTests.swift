@@ -10,7 +10,7 @@ import Virtio
         let bench = Bench()
         #expect(bench.device.deviceID == 5)
         // All but DEFLATE_ON_OOM, which the operator has to ask for.
-        #expect(bench.driver.offeredFeatures == 0x8000_0001_1000_003b)
+        #expect(bench.driver.offeredFeatures == 0x8000_0001_1000_001b)
         let full = BalloonDevice(memory: bench.memory, features: .max)
         #expect(full.offeredFeatures == 0x8000_0001_1000_003f)
         for index in 0..<6 {
