@@ -135,10 +135,15 @@ enum Host {
                     write(Array("lacuna: this channel is neither encrypted nor authenticated; use it on a network that you trust, or use ssh (see exec: in the reference)\n".utf8), to: 2)
                 }
                 write(Array("lacuna: waiting for a guest at \(listener.address)\n".utf8), to: 2)
+                guest.whileWaiting { listener.close() }
                 channel = try listener.accept()
                 listener.close()
             }
-            _ = try MigrationReceiver(guest: incoming).run(over: channel)
+            let receiver = MigrationReceiver(guest: incoming)
+            guest.whileWaiting { receiver.cancel() }
+            _ = try receiver.run(over: channel)
+        } catch MigrationError.cancelled where guest.isStopping {
+            return
         } catch let complaint as Complaint {
             throw complaint
         } catch {
@@ -151,6 +156,8 @@ enum Host {
     private static func hold(_ incoming: IncomingMachine, _ guest: RunningGuest, _ kernel: Kernel?) throws(Complaint) {
         guard let machine = incoming.machine else { throw Complaint("no guest was received") }
         guest.set(machine)
+        // A stop that came while the guest did has left its mark only.
+        if guest.isStopping { machine.end(.stopped) }
         write(Array("lacuna: the guest runs here now\n".utf8), to: 2)
         if incoming.console == 1 { connectInput(to: guest) }
         try finish(guest, machine, kernel: kernel, console: incoming.console)

@@ -16,6 +16,8 @@ final class RunningGuest: Sendable {
         var migration: MigrationStatus?
         /// The guest is to end, whatever machine it is in by then.
         var isStopping = false
+        /// Ends the wait for a guest; nil when there is none to wait for.
+        var stopWaiting: (@Sendable () -> Void)?
         /// Why the guest stands still, where nobody asked for it.
         var reason: String?
         /// Where the control socket is.
@@ -28,7 +30,20 @@ final class RunningGuest: Sendable {
 
     var machine: Machine? { state.withLock { $0.machine } }
     var isStopping: Bool { state.withLock { $0.isStopping } }
-    func set(_ machine: Machine) { state.withLock { $0.machine = machine } }
+    func set(_ machine: Machine) {
+        state.withLock {
+            $0.machine = machine
+            $0.stopWaiting = nil
+        }
+    }
+    /// What a `stop` is to do as long as no guest has come. Called at once if it was asked for already.
+    func whileWaiting(stopBy stop: @escaping @Sendable () -> Void) {
+        let isLate = state.withLock {
+            $0.stopWaiting = stop
+            return $0.isStopping
+        }
+        if isLate { stop() }
+    }
 
     /// Answers requests at `path` until the process ends.
     func serve(at path: String) throws(Complaint) {
@@ -85,7 +100,15 @@ final class RunningGuest: Sendable {
                 break
             }
             // The flag before the look: a guest that reboots at this moment is in another machine a moment later.
-            state.withLock { $0.isStopping = true }
+            let stopWaiting = state.withLock {
+                $0.isStopping = true
+                return $0.stopWaiting
+            }
+            if let stopWaiting {
+                peer.send(JSON.line(ControlReply(done: true)))
+                stopWaiting()
+                return
+            }
             let machine = try current()
             peer.send(JSON.line(ControlReply(done: true)))
             machine.end(.stopped)
