@@ -22,6 +22,7 @@ let package = Package(
         .library(name: "KVM", targets: ["KVM"]),
         .library(name: "VhostUser", targets: ["VhostUser"]),
         .library(name: "LacunaPlugin", type: .dynamic, targets: ["LacunaPlugin"]),
+        .library(name: "Vhost", targets: ["Vhost"]),
         .library(name: "Migration", targets: ["Migration"]),
         .library(name: "Machine", targets: ["Machine"]),
     ],
@@ -39,12 +40,18 @@ let package = Package(
         .target(
             name: "VhostUser", dependencies: ["Balloon", "CLinux", "GuestMemory", "Virtio"],
             swiftSettings: guestFacing),
+        .target(
+            name: "Vhost", dependencies: ["CLinux", "GuestMemory", "Virtio"], swiftSettings: guestFacing),
         .target(name: "Migration", dependencies: ["CLinux", "GuestMemory"], swiftSettings: common),
         .target(
-            name: "Machine", dependencies: ["CLinux", "GuestMemory", "Virtio", "Balloon", "KVM", "Migration"],
+            name: "Machine", dependencies: ["CLinux", "GuestMemory", "Virtio", "Balloon", "KVM", "Migration", "Vhost"],
+            swiftSettings: common),
+        .target(
+            name: "DirtyBench", dependencies: ["CLinux", "GuestMemory", "KVM", "Machine", "Migration"],
             swiftSettings: common),
         .executableTarget(
-            name: "lacuna", dependencies: ["Balloon", "CLinux", "GuestMemory", "Machine", "Migration", "VhostUser"],
+            name: "lacuna",
+            dependencies: ["Balloon", "CLinux", "DirtyBench", "GuestMemory", "Machine", "Migration", "VhostUser"],
             swiftSettings: common),
 
         .target(
@@ -52,12 +59,12 @@ let package = Package(
             swiftSettings: common),
         .testTarget(
             name: "GuestMemoryTests", dependencies: ["CLinux", "GuestMemory", "TestSupport"], swiftSettings: common),
-        .testTarget(name: "VirtioTests", dependencies: ["Virtio", "TestSupport"], swiftSettings: common),
-        .testTarget(name: "BalloonTests", dependencies: ["Balloon", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "VirtioTests", dependencies: ["GuestMemory", "Virtio", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "BalloonTests", dependencies: ["Balloon", "GuestMemory", "TestSupport"], swiftSettings: common),
         .testTarget(
             name: "VhostUserTests", dependencies: ["Balloon", "CLinux", "GuestMemory", "TestSupport", "VhostUser", "Virtio"],
             swiftSettings: common),
-        .testTarget(name: "MigrationTests", dependencies: ["Migration", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "MigrationTests", dependencies: ["GuestMemory", "Migration", "TestSupport"], swiftSettings: common),
         .testTarget(name: "MachineTests", dependencies: ["CLinux", "GuestMemory", "KVM", "Machine", "Migration", "TestSupport"], swiftSettings: common),
         .executableTarget(
             name: "lacuna-scenarios", dependencies: ["CLinux", "Migration"], path: "Tests/TestVM/Scenarios",

@@ -59,6 +59,81 @@ size_t lacuna_and_not(uint64_t *target, const uint64_t *mask, size_t words) {
 _Static_assert(lacuna_SEEK_DATA == SEEK_DATA && lacuna_SEEK_HOLE == SEEK_HOLE, "values of <unistd.h>");
 
 int lacuna_rename(const char *from, const char *to) { return rename(from, to); }
+void lacuna_or(uint64_t *target, const uint64_t *source, size_t words) {
+    for (size_t i = 0; i < words; i++)
+        target[i] |= source[i];
+}
+
+// ThreadSanitizer cannot know that a bit lost here is set again elsewhere (DoubleBufferedLog).
+__attribute__((no_sanitize("thread"))) void lacuna_or_and_clear(uint64_t *target, uint64_t *source, size_t words) {
+    for (size_t i = 0; i < words; i++) {
+        target[i] |= source[i];
+        source[i] = 0;
+    }
+}
+
+void lacuna_set_range(uint64_t *words, size_t first, size_t end) {
+    size_t i = first / 64, last = (end - 1) / 64;
+    uint64_t head = ~0ull << (first % 64), tail = ~0ull >> (63 - (end - 1) % 64);
+    if (i == last) {
+        words[i] |= head & tail;
+        return;
+    }
+    words[i++] |= head;
+    memset(words + i, 0xff, (last - i) * 8);
+    words[last] |= tail;
+}
+
+void lacuna_clear_range(uint64_t *words, size_t first, size_t end) {
+    size_t i = first / 64, last = (end - 1) / 64;
+    uint64_t head = ~0ull << (first % 64), tail = ~0ull >> (63 - (end - 1) % 64);
+    if (i == last) {
+        words[i] &= ~(head & tail);
+        return;
+    }
+    words[i++] &= ~head;
+    memset(words + i, 0, (last - i) * 8);
+    words[last] &= ~tail;
+}
+
+void lacuna_summarize(const uint64_t *words, uint64_t *summary, size_t count) {
+    for (size_t first = 0; first < count; first += 64) {
+        size_t here = count - first < 64 ? count - first : 64;
+        uint64_t any = 0, marks = 0;
+        for (size_t i = 0; i < here; i++)
+            any |= words[first + i];
+        // Most stretches are clean: the second look is rare.
+        for (size_t i = 0; any && i < here; i++)
+            marks |= (uint64_t)(words[first + i] != 0) << i;
+        summary[first / 64] = marks;
+    }
+}
+
+size_t lacuna_find_word(const uint64_t *words, size_t from, size_t count) {
+    for (; from + 16 <= count; from += 16) {
+        uint64_t any = 0;
+        for (int i = 0; i < 16; i++)
+            any |= words[from + i];
+        if (any)
+            break;
+    }
+    while (from < count && !words[from])
+        from++;
+    return from;
+}
+
+size_t lacuna_find_hole(const uint64_t *words, size_t from, size_t count) {
+    for (; from + 16 <= count; from += 16) {
+        uint64_t all = ~0ull;
+        for (int i = 0; i < 16; i++)
+            all &= words[from + i];
+        if (~all)
+            break;
+    }
+    while (from < count && !~words[from])
+        from++;
+    return from;
+}
 
 static void nothing(int signal) { (void)signal; }
 

@@ -5,11 +5,17 @@ internal import CLinux
 /// holes simply never have their bits set. 64-bit words, least significant bit first: the layout of KVM's dirty log and
 /// of the free-page bitmap protocol.
 ///
+/// A summary with one bit for each word lets the searching and merging operations pass over 64 clean words (16 MiB of
+/// guest memory) with one look. A summary bit may stand for a word that is clear, never the other way round.
+///
 /// Thread rules: the operations named `atomic…` may run at the same time as each other, from any thread. The others
 /// need the bitmap to themselves (or only atomic readers beside them).
 @safe public final class PageBitmap: @unchecked Sendable {
     // Sendable by the thread rules above; the storage never moves and is freed only in deinit.
-    @usableFromInline let storage: UnsafeMutablePointer<UInt64>
+    let storage: UnsafeMutablePointer<UInt64>
+    /// One bit a word of `storage`.
+    let summary: UnsafeMutablePointer<UInt64>
+    let summaryCount: Int
     /// Bits in the bitmap, a multiple of 64.
     public let bitCount: Int
     /// Words in the bitmap.
@@ -20,11 +26,17 @@ internal import CLinux
         precondition(bitCount >= 0)
         wordCount = (bitCount + 63) / 64
         self.bitCount = wordCount * 64
+        summaryCount = (wordCount + 63) / 64
         unsafe storage = .allocate(capacity: max(wordCount, 1))
         unsafe storage.initialize(repeating: 0, count: max(wordCount, 1))
+        unsafe summary = .allocate(capacity: max(summaryCount, 1))
+        unsafe summary.initialize(repeating: 0, count: max(summaryCount, 1))
     }
 
-    deinit { unsafe storage.deallocate() }
+    deinit {
+        unsafe storage.deallocate()
+        unsafe summary.deallocate()
+    }
 
     public subscript(page: Int) -> Bool {
         precondition(page >= 0 && page < bitCount)
@@ -37,38 +49,105 @@ internal import CLinux
         return unsafe lacuna_load_relaxed_64(storage + index)
     }
 
-    /// How many bits are set. O(words).
-    public var population: Int { unsafe lacuna_popcount(storage, wordCount) }
+    // MARK: Changing
 
     /// Sets the bits of `pages`. O(words touched).
     public func set(_ pages: Range<Int>) {
-        unsafe update(pages) { word, mask in unsafe word.pointee |= mask }
+        precondition(pages.lowerBound >= 0 && pages.upperBound <= bitCount)
+        if pages.isEmpty { return }
+        unsafe lacuna_set_range(storage, pages.lowerBound, pages.upperBound)
+        unsafe lacuna_set_range(summary, pages.lowerBound >> 6, (pages.upperBound - 1) >> 6 + 1)
     }
 
     /// Clears the bits of `pages`. O(words touched).
     public func clear(_ pages: Range<Int>) {
-        unsafe update(pages) { word, mask in unsafe word.pointee &= ~mask }
-    }
-
-    public func clearAll() { unsafe storage.update(repeating: 0, count: wordCount) }
-
-    private func update(_ pages: Range<Int>, _ apply: (UnsafeMutablePointer<UInt64>, UInt64) -> Void) {
         precondition(pages.lowerBound >= 0 && pages.upperBound <= bitCount)
         if pages.isEmpty { return }
-        let first = pages.lowerBound >> 6, last = (pages.upperBound - 1) >> 6
-        for index in first...last {
-            var mask = ~UInt64(0)
-            if index == first { mask &= ~0 << UInt64(pages.lowerBound & 63) }
-            if index == last { mask &= ~0 >> UInt64(63 - (pages.upperBound - 1) & 63) }
-            unsafe apply(storage + index, mask)
+        unsafe lacuna_clear_range(storage, pages.lowerBound, pages.upperBound)
+        // Words wholly inside are clear now; those at the ends may hold other pages.
+        var first = pages.lowerBound >> 6, end = (pages.upperBound - 1) >> 6 + 1
+        if unsafe storage[first] != 0 { first += 1 }
+        if first < end, unsafe storage[end - 1] != 0 { end -= 1 }
+        if first < end { unsafe lacuna_clear_range(summary, first, end) }
+    }
+
+    public func clearAll() {
+        for block in 0..<summaryCount where unsafe summary[block] != 0 {
+            unsafe (storage + block << 6).update(repeating: 0, count: wordsInBlock(block))
+            unsafe summary[block] = 0
         }
     }
+
+    /// ORs `bits` into a word.
+    public func merge(_ bits: UInt64, intoWord index: Int) {
+        precondition(index >= 0 && index < wordCount)
+        unsafe storage[index] |= bits
+        if bits != 0 { unsafe summary[index >> 6] |= 1 << UInt64(index & 63) }
+    }
+
+    /// Stores `bits` as a word.
+    public func store(_ bits: UInt64, inWord index: Int) {
+        precondition(index >= 0 && index < wordCount)
+        unsafe storage[index] = bits
+        let mark = 1 << UInt64(index & 63) as UInt64
+        if bits != 0 { unsafe summary[index >> 6] |= mark } else { unsafe summary[index >> 6] &= ~mark }
+    }
+
+    /// Clears the bits of one word that `bits` has set.
+    public func remove(_ bits: UInt64, fromWord index: Int) {
+        precondition(index >= 0 && index < wordCount)
+        store(unsafe storage[index] & ~bits, inWord: index)
+    }
+
+    /// ORs `other` into this bitmap. Both must have the same size. O(words that `other` has set).
+    public func formUnion(_ other: PageBitmap) {
+        precondition(other.wordCount == wordCount)
+        for block in 0..<summaryCount {
+            let marks = unsafe other.summary[block]
+            if marks == 0 { continue }
+            unsafe lacuna_or(storage + block << 6, other.storage + block << 6, wordsInBlock(block))
+            unsafe summary[block] |= marks
+        }
+    }
+
+    /// Clears every bit that `other` has set; returns how many that were. Both must have the same size. O(words that
+    /// both may have set).
+    @discardableResult
+    public func subtract(_ other: PageBitmap) -> Int {
+        precondition(other.wordCount == wordCount)
+        var count = 0
+        for block in 0..<summaryCount where unsafe summary[block] & other.summary[block] != 0 {
+            count += unsafe lacuna_and_not(storage + block << 6, other.storage + block << 6, wordsInBlock(block))
+        }
+        return count
+    }
+
+    /// The words as bytes, for a system call or a vector loop. Not for keeping. The summary is made anew afterwards, at
+    /// the cost of reading the words once.
+    public func withUnsafeWords<Result>(_ body: (UnsafeMutableBufferPointer<UInt64>) throws -> Result) rethrows -> Result {
+        defer { unsafe lacuna_summarize(storage, summary, wordCount) }
+        return unsafe try body(UnsafeMutableBufferPointer(start: storage, count: wordCount))
+    }
+
+    // MARK: At the same time as others
 
     /// Sets one bit while others may set or take bits of the same word.
     public func atomicSet(_ page: Int) {
         precondition(page >= 0 && page < bitCount)
-        // Acquire-release: whoever takes the bit also sees the write to the page that came before it.
+        // Sequentially consistent, like the two exchanges below: whoever takes the bit also sees the write to the page
+        // that came before it, and of "bit set, summary seen" here and "summary taken, word taken" there, either this
+        // thread sees the summary taken or the other one sees the bit.
         unsafe _ = lacuna_fetch_or_64(storage + page >> 6, 1 << UInt64(page & 63))
+        let index = page >> 6, mark = 1 << UInt64(index & 63) as UInt64
+        if unsafe lacuna_load_64(summary + index >> 6) & mark == 0 {
+            unsafe _ = lacuna_fetch_or_64(summary + index >> 6, mark)
+        }
+    }
+
+    /// Clears one bit while others may set or take bits of the same word.
+    public func atomicClear(_ page: Int) {
+        precondition(page >= 0 && page < bitCount)
+        unsafe _ = lacuna_fetch_and_64(storage + page >> 6, ~(1 << UInt64(page & 63)))
     }
 
     /// Takes a whole word: returns its bits and leaves zero, in one step.
@@ -79,74 +158,21 @@ internal import CLinux
         return unsafe lacuna_exchange_64(storage + index, 0)
     }
 
-    /// ORs `bits` into a word.
-    public func merge(_ bits: UInt64, intoWord index: Int) {
-        precondition(index >= 0 && index < wordCount)
-        unsafe storage[index] |= bits
-    }
-
-    /// Stores `bits` as a word.
-    public func store(_ bits: UInt64, inWord index: Int) {
-        precondition(index >= 0 && index < wordCount)
-        unsafe storage[index] = bits
-    }
-
-    /// Clears the bits of one word that `bits` has set.
-    public func remove(_ bits: UInt64, fromWord index: Int) {
-        precondition(index >= 0 && index < wordCount)
-        unsafe storage[index] &= ~bits
-    }
-
-    /// ORs `other` into this bitmap. Both must have the same size.
-    public func formUnion(_ other: PageBitmap) {
-        precondition(other.wordCount == wordCount)
-        for index in 0..<wordCount { unsafe storage[index] |= other.storage[index] }
-    }
-
-    /// Clears every bit that `other` has set; returns how many that were. Both must have the same size.
-    @discardableResult
-    public func subtract(_ other: PageBitmap) -> Int {
-        precondition(other.wordCount == wordCount)
-        return unsafe lacuna_and_not(storage, other.storage, wordCount)
-    }
-
-    /// Bits set in both bitmaps.
-    public func intersectionCount(_ other: PageBitmap) -> Int {
-        precondition(other.wordCount == wordCount)
-        var count = 0
-        for index in 0..<wordCount { unsafe count += (storage[index] & other.storage[index]).nonzeroBitCount }
-        return count
-    }
-
-    /// The first set bit at or after `page`, found a word at a time.
-    public func next(from page: Int) -> Int? {
-        if page >= bitCount { return nil }
-        var index = page >> 6
-        var bits = word(index) & (~0 << UInt64(page & 63))
-        while bits == 0 {
-            index += 1
-            if index == wordCount { return nil }
-            bits = unsafe lacuna_load_relaxed_64(storage + index)
+    /// Takes every bit set, a word at a time, and hands each word that had some to `body`. A bit set meanwhile is taken
+    /// now or next time. Clean stretches cost one look for 64 words.
+    public func atomicDrain(_ body: (_ index: Int, _ bits: UInt64) -> Void) {
+        for block in 0..<summaryCount {
+            if unsafe lacuna_load_relaxed_64(summary + block) == 0 { continue }
+            // The mark before the word: a setter that finds its mark gone sets it again.
+            var marks = unsafe lacuna_exchange_64(summary + block, 0)
+            while marks != 0 {
+                let index = block << 6 + marks.trailingZeroBitCount
+                marks &= marks &- 1
+                let bits = unsafe lacuna_exchange_64(storage + index, 0)
+                if bits != 0 { body(index, bits) }
+            }
         }
-        return index << 6 + bits.trailingZeroBitCount
     }
 
-    /// The first run of set bits at or after `page`, cut off at `limit` bits. Never empty: nil for a limit below 1.
-    public func nextRun(from page: Int, limit: Int = .max) -> Range<Int>? {
-        guard limit > 0, let start = next(from: page) else { return nil }
-        var end = start
-        while end < bitCount {
-            let clear = ~word(end >> 6) >> UInt64(end & 63)
-            let ones = clear == 0 ? 64 - end & 63 : min(clear.trailingZeroBitCount, 64 - end & 63)
-            end += ones
-            if clear != 0 || end - start >= limit { break }
-        }
-        let length = min(end - start, limit)
-        return start..<start + length
-    }
-
-    /// The words as bytes, for a system call or a vector loop. Not for keeping.
-    public func withUnsafeWords<Result>(_ body: (UnsafeMutableBufferPointer<UInt64>) throws -> Result) rethrows -> Result {
-        unsafe try body(UnsafeMutableBufferPointer(start: storage, count: wordCount))
-    }
+    func wordsInBlock(_ block: Int) -> Int { min(64, wordCount - block << 6) }
 }

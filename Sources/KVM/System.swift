@@ -23,6 +23,12 @@ public struct Capability: RawRepresentable, Sendable {
     public static let immediateExit = Capability(rawValue: KVM_CAP_IMMEDIATE_EXIT)
     public static let xsave2 = Capability(rawValue: KVM_CAP_XSAVE2)
     public static let tscDeadlineTimer = Capability(rawValue: KVM_CAP_TSC_DEADLINE_TIMER)
+    /// A set of `ManualProtection` flags, 0 where there is none.
+    public static let manualDirtyLogProtection = Capability(rawValue: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+    /// The largest ring in bytes. Only hosts with strong memory order (x86) offer it.
+    public static let dirtyRing = Capability(rawValue: KVM_CAP_DIRTY_LOG_RING)
+    /// The same, with acquire and release order asked of both sides.
+    public static let dirtyRingAcquireRelease = Capability(rawValue: KVM_CAP_DIRTY_LOG_RING_ACQ_REL)
     public static let maximumVCPUs = Capability(rawValue: KVM_CAP_MAX_VCPUS)
 }
 

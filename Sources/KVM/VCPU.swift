@@ -10,6 +10,8 @@ public enum VCPUExit: Sendable, Equatable {
     case halted
     /// Triple fault: on x86 the way of last resort to reboot.
     case shutdown
+    /// The vCPU's dirty ring is nearly full: it has to be harvested and reset before the vCPU can run on.
+    case dirtyRingFull
     /// A signal, or `immediateExit`: nothing happened, pending I/O is complete.
     case interrupted
     /// KVM cannot go on; the text says why.
@@ -33,16 +35,21 @@ public struct VCPUState: Sendable, Equatable {
 public final class VCPU: @unchecked Sendable {
     // Sendable by the thread rules above.
     public let number: Int
+    /// Present if the VM has dirty rings. Its thread rules are its own.
+    public let ring: DirtyRing?
     private let system: System
     private let descriptor: Descriptor
     private let run: UnsafeMutablePointer<kvm_run>
     private let xsaveSize: Int
 
-    init(system: System, descriptor: Descriptor, number: Int, cpuid: [CPUIDEntry]) throws(KVMError) {
+    init(
+        system: System, descriptor: Descriptor, number: Int, cpuid: [CPUIDEntry], ringEntries: Int?
+    ) throws(KVMError) {
         self.system = system
         self.descriptor = descriptor
         self.number = number
         xsaveSize = max(4096, system.check(.xsave2))
+        ring = try ringEntries.map { entries throws(KVMError) in try DirtyRing(vcpu: descriptor, entries: entries) }
         guard let page = lacuna_mmap(system.runSize, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor.number, 0) else {
             throw KVMError(call: "mmap of the vCPU", errno: lacuna_errno())
         }
@@ -76,6 +83,7 @@ public final class VCPU: @unchecked Sendable {
                 isWrite: lacuna_run_mmio_is_write(run))
         case KVM_EXIT_HLT: return .halted
         case KVM_EXIT_SHUTDOWN: return .shutdown
+        case KVM_EXIT_DIRTY_RING_FULL: return .dirtyRingFull
         case KVM_EXIT_INTR: return .interrupted
         case KVM_EXIT_FAIL_ENTRY:
             return .failed("the CPU refused to enter the guest (reason 0x\(String(lacuna_run_fail_reason(run), radix: 16)))")

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 internal import CLinux
+internal import Synchronization
 
 /// A slot of guest memory. KVM knows memory by slot number.
 public struct MemorySlot: Sendable, Equatable {
@@ -39,6 +40,7 @@ public struct PlatformState: Sendable, Equatable {
 public final class VirtualMachine: Sendable {
     public let system: System
     let descriptor: Descriptor
+    private let ringEntries = Mutex<Int?>(nil)
 
     init(system: System, descriptor: Descriptor) {
         self.system = system
@@ -76,6 +78,64 @@ public final class VirtualMachine: Sendable {
         try descriptor.call("KVM_GET_DIRTY_LOG", lacuna_KVM_GET_DIRTY_LOG, &log)
     }
 
+    /// Makes `getDirtyLog` leave the log as it is and the pages writable, until `clearDirtyLog`; and makes a log start
+    /// with every bit set, instead of protecting all pages at once. Before the first slot is logged.
+    public func enableManualProtection() throws(KVMError) {
+        // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE and KVM_DIRTY_LOG_INITIALLY_SET; the latter is newer (5.7).
+        let wanted = 1 | 2
+        guard system.check(.manualDirtyLogProtection) & wanted == wanted else {
+            throw KVMError(call: "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", errno: ENOTSUP)
+        }
+        try enable(.manualDirtyLogProtection, UInt64(wanted))
+    }
+
+    /// Gives each vCPU made later a dirty ring of `entries` entries, and ends `getDirtyLog` for this VM. `entries` is a
+    /// power of two, from 1024 (the kernel keeps some hundred in reserve) to the kernel's limit of 65536.
+    public func enableDirtyRing(entries: Int) throws(KVMError) {
+        guard (1024...65536).contains(entries), entries & (entries - 1) == 0 else {
+            throw KVMError(call: "a dirty ring of \(entries) entries", errno: EINVAL)
+        }
+        let capability: Capability
+        if system.check(.dirtyRingAcquireRelease) > 0 {
+            capability = .dirtyRingAcquireRelease
+        } else if system.check(.dirtyRing) > 0 {
+            capability = .dirtyRing
+        } else {
+            throw KVMError(call: "KVM_CAP_DIRTY_LOG_RING", errno: ENOTSUP)
+        }
+        let bytes = entries * MemoryLayout<kvm_dirty_gfn>.stride
+        guard bytes <= system.check(capability) else {
+            throw KVMError(call: "a dirty ring of \(entries) entries", errno: E2BIG)
+        }
+        try enable(capability, UInt64(bytes))
+        ringEntries.withLock { $0 = entries }
+    }
+
+    private func enable(_ capability: Capability, _ argument: UInt64) throws(KVMError) {
+        var request = kvm_enable_cap()
+        request.cap = UInt32(bitPattern: capability.rawValue)
+        request.args.0 = argument
+        try descriptor.call("KVM_ENABLE_CAP \(capability.rawValue)", lacuna_KVM_ENABLE_CAP, &request)
+    }
+
+    /// Under manual protection: clears those bits of the slot's log that `words` has set, and protects their pages, so
+    /// that the next write is logged again. `words` covers `pages` of the slot, which begin at a multiple of 64 and end
+    /// at one or with the slot.
+    public func clearDirtyLog(
+        _ slot: MemorySlot, pages: Range<Int>, words: UnsafeMutableBufferPointer<UInt64>
+    ) throws(KVMError) {
+        precondition(pages.lowerBound % 64 == 0 && words.count * 64 >= pages.count)
+        var request = lacuna_clear_log(slot.number, UInt64(pages.lowerBound), UInt32(pages.count), words.baseAddress)
+        try descriptor.call("KVM_CLEAR_DIRTY_LOG", lacuna_KVM_CLEAR_DIRTY_LOG, &request)
+    }
+
+    /// Protects every page whose ring entry was harvested, and frees those entries. Returns how many. Not at the same
+    /// time as a harvest: an entry that is freed half-read would be lost.
+    @discardableResult
+    public func resetDirtyRings() throws(KVMError) -> Int {
+        Int(try descriptor.call("KVM_RESET_DIRTY_RINGS", lacuna_KVM_RESET_DIRTY_RINGS))
+    }
+
     /// Sets the level of an interrupt line (GSI).
     public func setLine(_ line: UInt32, high: Bool) {
         var level = kvm_irq_level()
@@ -87,7 +147,9 @@ public final class VirtualMachine: Sendable {
 
     public func makeVCPU(_ number: Int, cpuid: [CPUIDEntry]) throws(KVMError) -> VCPU {
         let vcpu = try descriptor.call("KVM_CREATE_VCPU", lacuna_KVM_CREATE_VCPU, UInt(number))
-        return try VCPU(system: system, descriptor: Descriptor(vcpu), number: number, cpuid: cpuid)
+        return try VCPU(
+            system: system, descriptor: Descriptor(vcpu), number: number, cpuid: cpuid,
+            ringEntries: ringEntries.withLock { $0 })
     }
 
     /// The interrupt controllers, PIT and clock of a VM whose vCPUs do not run.

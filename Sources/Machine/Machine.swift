@@ -3,7 +3,9 @@ public import Balloon
 internal import CLinux
 public import GuestMemory
 import KVM
+import Migration
 import Synchronization
+import Vhost
 import Virtio
 
 /// What a machine is made of.
@@ -14,6 +16,10 @@ public struct MachineConfiguration: Sendable, Equatable {
     public var vcpus: Int
     /// What the balloon offers, of `BalloonFeature`.
     public var balloonFeatures = BalloonFeature.standard
+    /// The guest's vsock address on this host, 3 up; nil: a guest without vsock.
+    public var vsockCID: UInt32?
+    /// How this host finds dirty pages; not a property of the guest.
+    public var dirtyTracking = DirtyTracking.bitmap
     public init(memorySize: UInt64, vcpus: Int) {
         self.memorySize = memorySize
         self.vcpus = vcpus
@@ -63,10 +69,13 @@ public final class Machine: Sendable {
     let cpuid: [CPUIDEntry]
     let vcpus: [VCPU]
     let slots: [MemorySlot]
+    /// Only where dirty pages come from rings.
+    let rings: DirtyRings?
     let serial: SerialPort
     let power: PowerManagement
     let transports: [MMIOTransport]
     let poller = StatisticsPoller()
+    let vsock: VsockDevice?
 
     private struct Run {
         var wanted = Wanted.paused
@@ -113,8 +122,9 @@ public final class Machine: Sendable {
             }
             cpuid = wanted ?? offered
             let vm = try system.makeVM()
+            try configuration.dirtyTracking.prepare(vm)
             try vm.makeInterruptControllers()
-            slots = memory.regions.enumerated().map { number, region in
+            let slots = memory.regions.enumerated().map { number, region in
                 MemorySlot(
                     number: UInt32(number), guestAddress: region.range.start.rawValue, size: region.range.size,
                     hostAddress: UInt(bitPattern: region.host))
@@ -126,8 +136,9 @@ public final class Machine: Sendable {
                     try vm.makeVCPU(
                         number, cpuid: CPUIDTemplate.entries(cpuid, vcpu: number, of: configuration.vcpus)))
             }
-            vcpus = made
-            self.vm = vm
+            let rings = made.compactMap(\.ring)
+            self.rings = rings.isEmpty ? nil : DirtyRings(vm: vm, slots: slots, rings: rings)
+            (vcpus, self.slots, self.vm) = (made, slots, vm)
         } catch { throw MachineError(error, while: "cannot make the virtual machine") }
         let vm = vm
         serial = SerialPort(output: console) { vm.setLine(Layout.serialLine, high: $0) }
@@ -136,8 +147,18 @@ public final class Machine: Sendable {
             memory: memory, features: configuration.balloonFeatures, reserved: Layout.firmwarePages,
             log: { message in logLine("balloon: \(message)") })
         balloon.setQuiesced(true)
-        let pulse = EdgeLine(vm: vm, line: Layout.virtioLine)
-        transports = [MMIOTransport(device: balloon, memory: memory) { pulse.raise() }]
+        do throws(VhostError) {
+            let memory = memory
+            vsock = try configuration.vsockCID.map { cid throws(VhostError) in try VsockDevice(memory: memory, cid: cid) }
+        } catch {
+            let remedy = error.errno == EADDRINUSE ? "choose another --vsock-cid" : "load vhost_vsock, or leave out --vsock-cid"
+            throw MachineError("cannot give the guest a vsock device: \(error); \(remedy)")
+        }
+        let devices: [any VirtioDevice] = [balloon] + (vsock.map { [$0] } ?? [])
+        transports = devices.enumerated().map { [memory] index, device in
+            let pulse = EdgeLine(vm: vm, line: Layout.virtioLine + UInt32(index))
+            return MMIOTransport(device: device, memory: memory) { pulse.raise() }
+        }
         run = Monitor(Run())
         _ = lacuna_install_empty_handler(SIGUSR1)
     }
@@ -174,6 +195,15 @@ public final class Machine: Sendable {
         }
     }
 
+    /// The tracker of what the vCPUs write, as configured. One migration at a time uses it.
+    func makeDirtyTracker() -> any DirtyTracker {
+        if let rings { return rings }
+        if configuration.dirtyTracking == .manual {
+            return ManualDirtyLog(vm: vm, slots: slots) { [self] in activity != .running }
+        }
+        return KVMDirtyLog(vm: vm, slots: slots)
+    }
+
     // MARK: Running
 
     public var activity: MachineActivity {
@@ -189,6 +219,7 @@ public final class Machine: Sendable {
         let first = run.update { state in
             guard state.wanted == .paused else { return false }
             state.wanted = .running
+            vsock?.machineRuns()
             defer { state.started = true }
             return !state.started
         }
@@ -213,8 +244,9 @@ public final class Machine: Sendable {
             }
             guard isParked else { return false }
         }
-        // Requests of the host's own write guest memory as well.
+        // Requests of the host's own write guest memory as well, and so does the kernel for vsock.
         balloon.setQuiesced(true)
+        vsock?.machineStands()
         return true
     }
 
@@ -229,10 +261,13 @@ public final class Machine: Sendable {
 
     /// Waits until the machine has ended and its vCPU threads are gone.
     public func waitForEnd() -> MachineEnd {
-        run.wait { state in
+        let end = run.wait { state -> MachineEnd? in
             guard let end = state.end else { return nil }
             return !state.started || state.gone == self.vcpus.count ? end : nil
         }
+        // Its address is free from here on, for the guest's next life.
+        vsock?.close()
+        return end
     }
 
     /// Bytes typed at the serial console.
@@ -334,6 +369,9 @@ public final class Machine: Sendable {
             } else {
                 vcpu.mmioValue = transports[index].read(offset: offset, size: size)
             }
+            return true
+        case .dirtyRingFull:
+            rings?.relieve()
             return true
         case .halted, .interrupted: return false
         case .shutdown: end(.rebooted)

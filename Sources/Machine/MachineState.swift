@@ -63,7 +63,7 @@ struct MachineDescription {
 
 extension Machine {
     var description: MachineDescription {
-        MachineDescription(configuration: configuration, virtioDevices: [balloon.deviceID], cpuid: cpuid)
+        MachineDescription(configuration: configuration, virtioDevices: transports.map(\.device.deviceID), cpuid: cpuid)
     }
 
     /// The whole state besides memory, of a paused machine.

@@ -5,44 +5,6 @@ import KVM
 public import Migration
 import Synchronization
 
-/// KVM's dirty log of all memory slots, collected and cleared in one step (`KVM_GET_DIRTY_LOG`).
-final class KVMDirtyLog: DirtyTracker {
-    private let vm: VirtualMachine
-    private let slots: [MemorySlot]
-    private let buffers: [PageBitmap]
-
-    init(vm: VirtualMachine, slots: [MemorySlot]) {
-        self.vm = vm
-        self.slots = slots
-        buffers = slots.map { PageBitmap(bitCount: Int($0.size / 4096)) }
-    }
-
-    func arm() throws(PartFailure) {
-        do throws(KVMError) {
-            // Setting the flag write-protects every page of the slot before the call returns. What a log of an earlier,
-            // failed migration held went with that log when it was disarmed.
-            for slot in slots { try vm.set(slot, logDirtyPages: true) }
-        } catch { throw PartFailure("cannot start the dirty log: \(error)") }
-    }
-
-    func collect(into bitmap: PageBitmap) throws(PartFailure) {
-        for (slot, buffer) in zip(slots, buffers) {
-            let result: Result<Void, KVMError> = buffer.withUnsafeWords { words in
-                do throws(KVMError) { return .success(try vm.getDirtyLog(slot, into: words)) } catch { return .failure(error) }
-            }
-            do { try result.get() } catch { throw PartFailure("cannot read the dirty log: \(error)") }
-            // Slots begin and end on multiples of 64 pages, so words line up.
-            let first = Int(slot.guestAddress / 4096 / 64)
-            for index in 0..<buffer.wordCount {
-                let bits = buffer.word(index)
-                if bits != 0 { bitmap.merge(bits, intoWord: first + index) }
-            }
-        }
-    }
-
-    func disarm() { for slot in slots { try? vm.set(slot, logDirtyPages: false) } }
-}
-
 /// The balloon as the migration's hinter: the free-page bitmap if the guest has our module, free page hints otherwise.
 final class BalloonHinter: FreePageHinter {
     private let balloon: BalloonDevice
@@ -72,7 +34,9 @@ public final class OutgoingMachine: OutgoingGuest {
     public var memory: GuestMemory { machine.memory }
     public var machineDescription: [UInt8] { machine.description.encode() }
     /// Finds what the vCPUs and KVM itself write; what the devices write is in the memory's own log.
-    public var trackers: [any DirtyTracker] { [KVMDirtyLog(vm: machine.vm, slots: machine.slots)] }
+    public var trackers: [any DirtyTracker] {
+        [machine.makeDirtyTracker()] + (machine.vsock.map { [VhostTracker($0)] } ?? [])
+    }
     public var hinter: any FreePageHinter { BalloonHinter(machine.balloon) }
 
     public func pause() throws(PartFailure) {
@@ -88,12 +52,19 @@ public final class IncomingMachine: IncomingGuest {
     /// The descriptor of the serial console's output.
     public let console: Int32
     private let expected: (memorySize: UInt64?, vcpus: Int?)
+    private let tracking: DirtyTracking
+    private let vsockCID: UInt32?
     private let made = Mutex<Machine?>(nil)
 
-    /// `memorySize` and `vcpus`, where given, are what the operator allows; another machine is refused.
-    public init(console: Int32, memorySize: UInt64?, vcpus: Int?) {
+    /// `memorySize` and `vcpus`, where given, are what the operator allows; another machine is refused. `tracking` is for
+    /// this machine's next migration; a guest with vsock gets the address `vsockCID` here.
+    public init(
+        console: Int32, memorySize: UInt64?, vcpus: Int?, tracking: DirtyTracking = .bitmap, vsockCID: UInt32? = nil
+    ) {
         self.console = console
         expected = (memorySize, vcpus)
+        self.tracking = tracking
+        self.vsockCID = vsockCID
     }
 
     /// The machine, once the source described it.
@@ -114,7 +85,14 @@ public final class IncomingMachine: IncomingGuest {
     private func build(_ machineDescription: [UInt8], memory: GuestMemory?) throws(PartFailure) -> GuestMemory {
         do {
             let description = try MachineDescription(decoding: machineDescription)
-            let configuration = description.configuration
+            var configuration = description.configuration
+            configuration.dirtyTracking = tracking
+            if description.virtioDevices.contains(vsockDeviceID) {
+                guard let vsockCID else {
+                    throw PartFailure("the guest has a vsock device, and the destination no address for it; start it with --vsock-cid")
+                }
+                configuration.vsockCID = vsockCID
+            }
             if let size = expected.memorySize, size != configuration.memorySize {
                 throw PartFailure(
                     "the guest has \(configuration.memorySize >> 20) MiB of memory and the destination was started for \(size >> 20) MiB; start it with --memory \(configuration.memorySize >> 20)M")
@@ -124,7 +102,7 @@ public final class IncomingMachine: IncomingGuest {
                     "the guest has \(configuration.vcpus) vCPUs and the destination was started for \(count); start it with --cpus \(configuration.vcpus)")
             }
             let machine = try Machine(configuration, console: console, cpuid: description.cpuid, memory: memory)
-            guard description.virtioDevices == [machine.balloon.deviceID] else {
+            guard description.virtioDevices == machine.transports.map(\.device.deviceID) else {
                 throw PartFailure("the guest has the virtio devices \(description.virtioDevices), which this side cannot build; use the same release on both")
             }
             made.withLock { $0 = machine }

@@ -2,13 +2,13 @@
 internal import CLinux
 
 /// A mutex with a condition variable around a value: what waits for a change of that value waits here, not by polling.
-final class Monitor<State>: @unchecked Sendable {
+package final class Monitor<State>: @unchecked Sendable {
     // Sendable: `state` is touched under the mutex only. The pthread objects must not move, so they live on the heap.
     private let mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
     private let condition = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
     private var state: State
 
-    init(_ initial: State) {
+    package init(_ initial: State) {
         state = initial
         pthread_mutex_init(mutex, nil)
         var attributes = pthread_condattr_t()
@@ -28,7 +28,7 @@ final class Monitor<State>: @unchecked Sendable {
 
     /// Runs `body` under the lock and wakes everyone who waits.
     @discardableResult
-    func update<Result>(_ body: (inout State) -> Result) -> Result {
+    package func update<Result>(_ body: (inout State) -> Result) -> Result {
         pthread_mutex_lock(mutex)
         defer {
             pthread_cond_broadcast(condition)
@@ -38,7 +38,7 @@ final class Monitor<State>: @unchecked Sendable {
     }
 
     /// Runs `body` under the lock.
-    func read<Result>(_ body: (State) -> Result) -> Result {
+    package func read<Result>(_ body: (State) -> Result) -> Result {
         pthread_mutex_lock(mutex)
         defer { pthread_mutex_unlock(mutex) }
         return body(state)
@@ -60,7 +60,7 @@ final class Monitor<State>: @unchecked Sendable {
     }
 
     /// Waits until `body` returns a value. It is called under the lock, once at first and after each update.
-    func wait<Result>(until body: (inout State) -> Result?) -> Result {
+    package func wait<Result>(until body: (inout State) -> Result?) -> Result {
         pthread_mutex_lock(mutex)
         defer { pthread_mutex_unlock(mutex) }
         while true {

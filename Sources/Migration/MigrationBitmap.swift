@@ -56,7 +56,9 @@ public final class MigrationBitmap {
         cursor = 0
         try tracking.collect(into: scratch)
         var (seen, added) = (0, 0)
-        for index in 0..<scratch.wordCount {
+        var next = scratch.firstWord
+        while let index = next {
+            next = scratch.nextWord(from: index + 1)
             let bits = scratch.word(index) & ram.word(index)
             if bits == 0 { continue }
             seen += bits.nonzeroBitCount
@@ -119,6 +121,7 @@ public final class MigrationBitmap {
     ) throws(PartFailure) -> HintWindow {
         // The generation is read before the request goes out: a merge in between would count against the window.
         let opened = generation
+        try tracking.protectAll()  // W1: what was collected is protected before the guest looks
         return HintWindow(request: try hinter.request(), generation: opened)
     }
 
@@ -156,7 +159,9 @@ public final class MigrationBitmap {
     /// The pages about to be masked that the destination holds; from now on it does not.
     private func takeStale(_ free: PageBitmap) -> PageBitmap? {
         var stale: PageBitmap?
-        for index in 0..<pages.wordCount {
+        var next = held.firstWord
+        while let index = next {
+            next = held.nextWord(from: index + 1)
             let bits = held.word(index) & pages.word(index) & free.word(index)
             if bits == 0 { continue }
             held.remove(bits, fromWord: index)
@@ -206,6 +211,17 @@ public struct ArmedTracking: ~Copyable {
         return trackers
     }
 
+    /// To be called before the pages of `run` are read for sending.
+    func willSend(_ run: Range<Int>) throws(MigrationError) {
+        for tracker in trackers {
+            do { try tracker.willSend(run) } catch {
+                throw .machineFailed(doing: "dirty tracking", why: error.what)
+            }
+        }
+    }
+
+    fileprivate func protectAll() throws(PartFailure) { for tracker in trackers { try tracker.protectAll() } }
+
     fileprivate func collect(into bitmap: PageBitmap) throws(MigrationError) {
         for tracker in trackers {
             do {
@@ -225,12 +241,12 @@ public final class WriteLogTracker: DirtyTracker {
 
     /// Forgets the writes of the time before the migration: their bytes are in place, and all memory is sent after.
     public func arm() throws(PartFailure) {
-        for index in 0..<memory.writeLog.wordCount { _ = memory.writeLog.atomicTake(word: index) }
+        memory.writeLog.atomicDrain { _, _ in }
     }
 
     public func collect(into bitmap: PageBitmap) throws(PartFailure) {
-        for index in 0..<min(bitmap.wordCount, memory.writeLog.wordCount) {
-            bitmap.merge(memory.writeLog.atomicTake(word: index), intoWord: index)
+        memory.writeLog.atomicDrain { index, bits in
+            if index < bitmap.wordCount { bitmap.merge(bits, intoWord: index) }
         }
     }
 

@@ -18,8 +18,19 @@ public protocol DirtyTracker: AnyObject, Sendable {
     /// ORs the pages dirtied since the last collection (or since `arm`) into `bitmap`, and tracks them anew. A write
     /// that this collection does not return will be in the next.
     func collect(into bitmap: PageBitmap) throws(PartFailure)
+    /// The pages of `pages` are about to be read and sent. A tracker that does not protect what it collects in the same
+    /// step does it here, or in `protectAll`; the others do nothing.
+    func willSend(_ pages: Range<Int>) throws(PartFailure)
+    /// The guest is about to be asked for its free pages. When it returns, every page that was collected is tracked anew
+    /// (rule W1): a write after this will be in some later collection.
+    func protectAll() throws(PartFailure)
     /// Ends tracking. No effect if it is not armed.
     func disarm()
+}
+
+extension DirtyTracker {
+    public func willSend(_ pages: Range<Int>) throws(PartFailure) {}
+    public func protectAll() throws(PartFailure) {}
 }
 
 /// The driver's own figures for one report.

@@ -176,7 +176,7 @@ final class SourceRun {
             if number > 1, try collectUntilWorthARound(tracking, after: number - 1) { return round.dirtied }
             round.throttlePercent = convergence.throttlePercent
             try hint(tracking)
-            try sendRound(since: start)
+            try sendRound(tracking, since: start)
             number += 1
         }
     }
@@ -239,10 +239,11 @@ final class SourceRun {
     }
 
     /// Sends what the bitmap holds, and the round's end.
-    private func sendRound(since start: UInt64) throws(MigrationError) {
+    private func sendRound(_ tracking: borrowing ArmedTracking, since start: UInt64) throws(MigrationError) {
         let before = channel.bytesSent
         // A round that is cut short leaves its pages in the bitmap for the stopped one.
         while !isForced || isPaused, let run = bitmap.takeRun(limit: 1024) {
+            try tracking.willSend(run)  // W1: a page is tracked again before it is read
             try pageSender.send(run, &round)
             try keepUp()
         }
@@ -284,7 +285,7 @@ final class SourceRun {
         round.dirtied += try bitmap.merge(tracking)
         report.downtime.collectAndSave = lap()
         pageSender.isThrottled = false
-        try sendRound(since: mark)  // W8: the stopped round never waits for the guest
+        try sendRound(tracking, since: mark)  // W8: the stopped round never waits for the guest
         if options.verify { try sendChecksums() }
         report.downtime.memory = lap()
         phase = .state

@@ -131,6 +131,15 @@ public final class VirtQueue: Sendable {
             nextAvailable: nextAvailable, nextUsed: nextUsed)
     }
 
+    /// Takes over where somebody else, who served the queue in the meantime, left off. Counters that cannot be are
+    /// refused by whoever makes a queue of them again.
+    public func moveOn(nextAvailable: UInt16, nextUsed: UInt16) {
+        progress.withLock {
+            $0.nextAvailable = nextAvailable
+            $0.nextUsed = nextUsed
+        }
+    }
+
     /// Ends all access to guest memory: `popChain` finds nothing and `push` does nothing from here on. For transports,
     /// when the driver resets the device or the queue.
     public func disable() { progress.withLock { $0.isEnabled = false } }

@@ -7,8 +7,10 @@ let help = """
 
     Start a guest, and get a destination ready:
       run      --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory SIZE] [--cpus N]
-               [--control SOCKET] [--console WHERE] [--balloon FEATURES]
+               [--control SOCKET] [--console WHERE] [--balloon FEATURES] [--dirty-tracker WAY]
+               [--dirty-ring-size N] [--vsock-cid N]
       receive  --listen ADDRESS [--memory SIZE] [--cpus N] [--control SOCKET] [--console WHERE]
+               [--dirty-tracker WAY] [--dirty-ring-size N] [--vsock-cid N]
       restore  FILE [--full] [--control SOCKET] [--console WHERE]
 
     Talk to a running guest through its control socket:
@@ -38,6 +40,10 @@ let help = """
       vhost-user  --socket PATH [--hint-socket PATH] [--target SIZE] [--user NAME] [--address-limit SIZE]
       hints status|request|target  --hint-socket PATH [--timeout MS] [--size SIZE]
 
+    Measure:
+      bench    dirty dirty-log|first-dirty|harvest|ping-pong [--memory SIZE] [--json FILE] [--plain] [--check]; the
+               reference describes these and their other options
+
       --kernel FILE        an unmodified x86-64 bzImage, such as /boot/vmlinuz-6.1.0-…-amd64
       --initramfs FILE     its initial RAM file system
       --cmdline TEXT       the kernel's command line (console=ttyS0)
@@ -45,6 +51,9 @@ let help = """
       --cpus N             1 to 8 vCPUs (1); for `receive`: refuse a guest with another number
       --control SOCKET     where to listen for, or find, the guest's control socket
       --console WHERE      the serial console: stdio, none or file:PATH, appended to (stdio)
+      --dirty-tracker WAY  how KVM says what the guest wrote: bitmap, manual or ring (bitmap)
+      --dirty-ring-size N  entries of each vCPU's ring: a power of two, 1024 to 65536 (65536)
+      --vsock-cid N        give the guest a vsock device with this address on the host, 3 or higher (none)
       --balloon FEATURES   what the balloon offers, separated by commas: must-tell-host, stats, deflate-on-oom,
                            free-page-hint, page-poison, page-reporting, free-page-bitmap
                            (all but deflate-on-oom and page-reporting)

@@ -87,11 +87,16 @@ enum Host {
 
     static func run(_ words: ArraySlice<String>) throws(Complaint) {
         let arguments = try Arguments(
-            words, options: ["kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console", "balloon"], flags: [])
+            words,
+            options: Arguments.trackerOptions.union([
+                "kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console", "balloon",
+            ]), flags: [])
         guard let kernel = try Kernel(arguments) else { throw .usage("--kernel is missing") }
         var configuration = MachineConfiguration(
             memorySize: try arguments.size("memory") ?? 512 << 20, vcpus: try arguments.integer("cpus", in: 1...8) ?? 1)
         if let features = arguments["balloon"] { configuration.balloonFeatures = try balloonFeatures(features) }
+        configuration.dirtyTracking = try arguments.dirtyTracking()
+        configuration.vsockCID = try arguments.vsockCID()
         let console = try openConsole(arguments["console"] ?? "stdio")
         let guest = RunningGuest()
         let machine: Machine
@@ -110,11 +115,15 @@ enum Host {
 
     static func receive(_ words: ArraySlice<String>) throws(Complaint) {
         let arguments = try Arguments(
-            words, options: ["listen", "kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console"], flags: [])
+            words,
+            options: Arguments.trackerOptions.union([
+                "listen", "kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console",
+            ]), flags: [])
         let kernel = try Kernel(arguments)
         let incoming = IncomingMachine(
             console: try openConsole(arguments["console"] ?? "stdio"), memorySize: try arguments.size("memory"),
-            vcpus: try arguments.integer("cpus", in: 1...8))
+            vcpus: try arguments.integer("cpus", in: 1...8), tracking: try arguments.dirtyTracking(),
+            vsockCID: try arguments.vsockCID())
         let text = try arguments.required("listen")
         let special = try SpecialChannel(parsing: text)
         if case .file(let path)? = special {
@@ -165,7 +174,8 @@ enum Host {
 
     static func restore(_ words: ArraySlice<String>) throws(Complaint) {
         let arguments = try Arguments(
-            words, options: ["kernel", "initramfs", "cmdline", "control", "console"], flags: ["full"], operand: "the file")
+            words, options: Arguments.trackerOptions.union(["kernel", "initramfs", "cmdline", "control", "console"]),
+            flags: ["full"], operand: "the file")
         try resume(arguments.operand, full: arguments[flag: "full"], arguments, try Kernel(arguments))
     }
 
@@ -174,7 +184,8 @@ enum Host {
         _ path: String, full: Bool, _ arguments: Arguments, _ kernel: Kernel?
     ) throws(Complaint) {
         let incoming = IncomingMachine(
-            console: try openConsole(arguments["console"] ?? "stdio"), memorySize: nil, vcpus: nil)
+            console: try openConsole(arguments["console"] ?? "stdio"), memorySize: nil, vcpus: nil,
+            tracking: try arguments.dirtyTracking(), vsockCID: try arguments.vsockCID())
         let guest = RunningGuest()
         let control = arguments["control"]
         defer { if let control, guest.isServing { unlink(control) } }

@@ -22,7 +22,7 @@ private struct Oracle {
 }
 
 @Suite struct PageBitmapTests {
-    static let shapes = [0, 1, 63, 64, 65, 127, 128, 129, 191, 640, 1000]
+    static let shapes = [0, 1, 63, 64, 65, 127, 128, 129, 191, 640, 1000, 4095, 4096, 4097, 9000]
 
     /// Ranges that begin and end at and around the edges of words, and some others.
     private func ranges(_ count: Int, _ random: inout SeededGenerator) -> [Range<Int>] {
@@ -44,6 +44,8 @@ private struct Oracle {
             oracle.assign(range, value)
             #expect(Oracle(map).bits == oracle.bits, "\(range) \(value)")
             #expect(map.population == oracle.population)
+            #expect(map.firstWord == oracle.next(from: 0).map { $0 / 64 })
+            #expect(map.lastWord == oracle.bits.lastIndex(of: true).map { $0 / 64 })
             let page = Int.random(in: 0...map.bitCount, using: &random)
             #expect(map.next(from: page) == oracle.next(from: page), "from \(page)")
             for limit in [1, 2, 63, 64, 65, .max] {

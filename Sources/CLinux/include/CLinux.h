@@ -19,6 +19,8 @@
 #include <unistd.h>
 #include <arpa/inet.h>
 #include <linux/kvm.h>
+#include <linux/vhost.h>
+#include <linux/vm_sockets.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -79,6 +81,7 @@ LACUNA_REQUEST(KVM_GET_MSR_INDEX_LIST);
 LACUNA_REQUEST(KVM_SET_USER_MEMORY_REGION);
 LACUNA_REQUEST(KVM_GET_DIRTY_LOG);
 LACUNA_REQUEST(KVM_CLEAR_DIRTY_LOG);
+LACUNA_REQUEST(KVM_RESET_DIRTY_RINGS);
 LACUNA_REQUEST(KVM_SET_TSS_ADDR);
 LACUNA_REQUEST(KVM_SET_IDENTITY_MAP_ADDR);
 LACUNA_REQUEST(KVM_CREATE_IRQCHIP);
@@ -118,6 +121,19 @@ LACUNA_REQUEST(KVM_KVMCLOCK_CTRL);
 LACUNA_REQUEST(KVM_ENABLE_CAP);
 LACUNA_REQUEST(KVM_GET_TSC_KHZ);
 LACUNA_REQUEST(KVM_SET_TSC_KHZ);
+LACUNA_REQUEST(VHOST_SET_OWNER);
+LACUNA_REQUEST(VHOST_GET_FEATURES);
+LACUNA_REQUEST(VHOST_SET_FEATURES);
+LACUNA_REQUEST(VHOST_SET_MEM_TABLE);
+LACUNA_REQUEST(VHOST_SET_LOG_BASE);
+LACUNA_REQUEST(VHOST_SET_VRING_NUM);
+LACUNA_REQUEST(VHOST_SET_VRING_ADDR);
+LACUNA_REQUEST(VHOST_SET_VRING_BASE);
+LACUNA_REQUEST(VHOST_GET_VRING_BASE);
+LACUNA_REQUEST(VHOST_SET_VRING_KICK);
+LACUNA_REQUEST(VHOST_SET_VRING_CALL);
+LACUNA_REQUEST(VHOST_VSOCK_SET_GUEST_CID);
+LACUNA_REQUEST(VHOST_VSOCK_SET_RUNNING);
 #undef LACUNA_REQUEST
 
 // The parts of struct kvm_run that live in unions.
@@ -135,6 +151,18 @@ static inline uint64_t lacuna_run_fail_reason(const struct kvm_run *run) {
     return run->fail_entry.hardware_entry_failure_reason;
 }
 static inline uint32_t lacuna_run_internal_suberror(const struct kvm_run *run) { return run->internal.suberror; }
+// struct kvm_clear_dirty_log keeps its bitmap in a union.
+static inline struct kvm_clear_dirty_log lacuna_clear_log(uint32_t slot, uint64_t first, uint32_t pages, void *words) {
+    return (struct kvm_clear_dirty_log){ .slot = slot, .first_page = first, .num_pages = pages, .dirty_bitmap = words };
+}
+// KVM_CAP_DIRTY_LOG_RING: the kernel writes an entry's slot and offset before it sets the dirty flag, and must see that
+// they were read before it sees the reset flag.
+static inline bool lacuna_ring_entry_is_dirty(const struct kvm_dirty_gfn *entry) {
+    return __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_DIRTY;
+}
+static inline void lacuna_ring_entry_harvested(struct kvm_dirty_gfn *entry) {
+    __atomic_store_n(&entry->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+}
 // Set by a signal handler's thread while the vCPU thread may be about to enter KVM_RUN: must not be reordered or torn.
 static inline void lacuna_run_set_immediate_exit(struct kvm_run *run, uint8_t value) {
     __atomic_store_n(&run->immediate_exit, value, __ATOMIC_SEQ_CST);
@@ -146,8 +174,13 @@ static inline uint16_t lacuna_load_acquire_16(const void *p) {
 }
 static inline void lacuna_store_release_16(void *p, uint16_t v) { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
 static inline uint64_t lacuna_load_relaxed_64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-static inline uint64_t lacuna_fetch_or_64(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
-static inline uint64_t lacuna_exchange_64(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL); }
+static inline void lacuna_store_relaxed_64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline uint64_t lacuna_load_64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static inline uint64_t lacuna_fetch_or_64(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
+static inline uint64_t lacuna_fetch_and_64(uint64_t *p, uint64_t v) { return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
+static inline uint64_t lacuna_exchange_64(uint64_t *p, uint64_t v) {
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);
+}
 static inline void lacuna_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // Copies out of or into memory that a running guest may change at the same time. A plain memcpy() may read a byte
@@ -160,6 +193,18 @@ uint32_t lacuna_crc32c(uint32_t crc, const void *p, size_t bytes);
 // target &= ~mask over `words`; returns how many bits that cleared.
 size_t lacuna_and_not(uint64_t *target, const uint64_t *mask, size_t words);
 size_t lacuna_popcount(const uint64_t *words, size_t count);
+// target |= source over `words`.
+void lacuna_or(uint64_t *target, const uint64_t *source, size_t words);
+// target |= source, source = 0, over `words`, while others may still set bits of `source`. Those are lost from it.
+void lacuna_or_and_clear(uint64_t *target, uint64_t *source, size_t words);
+// The bits from `first` up to `end`, which is above it.
+void lacuna_set_range(uint64_t *words, size_t first, size_t end);
+void lacuna_clear_range(uint64_t *words, size_t first, size_t end);
+// One bit of `summary` for each word that is not 0.
+void lacuna_summarize(const uint64_t *words, uint64_t *summary, size_t count);
+// The first of words[from ..< count] that is not 0, or not all ones; `count` (or a `from` above it) if there is none.
+size_t lacuna_find_word(const uint64_t *words, size_t from, size_t count);
+size_t lacuna_find_hole(const uint64_t *words, size_t from, size_t count);
 
 // sigaction() for a signal whose only purpose is to interrupt a system call with EINTR.
 int lacuna_install_empty_handler(int signal);

@@ -22,6 +22,7 @@ let scenarios = [
     balloonScenarios,
     faultScenarios,
     twoHostScenarios,
+    trackerScenarios,
 ].flatMap(\.self)
 
 /// The whole chain, end to end.

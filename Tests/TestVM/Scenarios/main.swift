@@ -50,6 +50,9 @@ case "relay" where words.count == 5:
         exit(2)
     }
     Relay.run(listen: words[1], target: words[2], place: place, action: action)
+case "vsock" where words.count == 4:
+    // A program of the scenarios' own: vsock CID PORT BLOCKS.
+    exit(talk(cid: UInt32(words[1]) ?? 0, port: UInt32(words[2]) ?? 0, limit: Int(words[3]) ?? 0))
 default:
     say("usage: lacuna-scenarios list [--quick] | run NAME [--echo] | demo [--memory SIZE]")
     exit(2)
