@@ -52,14 +52,17 @@ static inline int lacuna_find_vqs(struct virtio_device *vdev, unsigned int nvqs,
 #endif
 }
 
+typedef unsigned long (*lacuna_shrink_t)(struct shrinker *shrinker,
+					 struct shrink_control *control);
+
 /* Shrinkers are allocated by their core since 6.7. */
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
 #define LACUNA_SHRINKER			struct shrinker *
 #define lacuna_shrinker_owner(s, type, member)	((type *)(s)->private_data)
 
 static inline int lacuna_shrinker_add(struct shrinker **place, void *owner,
-		unsigned long (*count)(struct shrinker *, struct shrink_control *),
-		unsigned long (*scan)(struct shrinker *, struct shrink_control *))
+				      lacuna_shrink_t count,
+				      lacuna_shrink_t scan)
 {
 	struct shrinker *shrinker = shrinker_alloc(0, "lacuna-balloon");
 
@@ -83,8 +86,8 @@ static inline void lacuna_shrinker_remove(struct shrinker **place)
 #define lacuna_shrinker_owner(s, type, member)	container_of(s, type, member)
 
 static inline int lacuna_shrinker_add(struct shrinker *shrinker, void *owner,
-		unsigned long (*count)(struct shrinker *, struct shrink_control *),
-		unsigned long (*scan)(struct shrinker *, struct shrink_control *))
+				      lacuna_shrink_t count,
+				      lacuna_shrink_t scan)
 {
 	shrinker->count_objects = count;
 	shrinker->scan_objects = scan;

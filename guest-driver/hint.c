@@ -23,6 +23,7 @@ static u32 lacuna_read_hint_id(struct lacuna_balloon *vb)
 	u32 id;
 
 	vb->hint_seen = atomic_read(&vb->config_changes);
+	/* Count first, value second: as in lacuna_superseded(). */
 	smp_rmb();
 	virtio_cread_le(vb->vdev, struct lacuna_config,
 			balloon.free_page_hint_cmd_id, &id);

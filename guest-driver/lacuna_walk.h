@@ -22,27 +22,9 @@
 typedef __le64 lacuna_word;
 
 #define lacuna_word_of(x)	cpu_to_le64(x)
-#define lacuna_fill_ones(p, n)	memset((p), 0xff, (n) * sizeof(lacuna_word))
 #define lacuna_weight(w)	hweight64((__force u64)(w))
 #else
-#include <endian.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-typedef uint64_t lacuna_word;
-typedef uint64_t u64;
-
-#define lacuna_word_of(x)	htole64(x)
-#define lacuna_fill_ones(p, n)	memset((p), 0xff, (n) * sizeof(lacuna_word))
-#define lacuna_weight(w)	((unsigned int)__builtin_popcountll(w))
-
-#ifndef __always_inline
-#define __always_inline		inline __attribute__((always_inline))
-#endif
-
-#include "tests/list.h"
+#include "tests/user.h"
 #endif
 
 #define LACUNA_WORD_SHIFT	6
@@ -68,7 +50,14 @@ static inline bool lacuna_set_block(lacuna_word *words, unsigned long bit,
 	bool fresh = !(*word & lacuna_word_of((u64)1 << shift));
 
 	if (order >= LACUNA_WORD_SHIFT) {
-		lacuna_fill_ones(word, (size_t)1 << (order - LACUNA_WORD_SHIFT));
+		size_t count = (size_t)1 << (order - LACUNA_WORD_SHIFT);
+
+		/*
+		 * At most a few words: stores one by one beat a call of
+		 * memset(), which is what plain ones would be turned into.
+		 */
+		while (count--)
+			WRITE_ONCE(*word++, lacuna_word_of(~(u64)0));
 	} else {
 		/* order <= 5, so the inner shift is at most 32. */
 		u64 ones = ((u64)1 << (1U << order)) - 1;

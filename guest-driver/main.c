@@ -78,6 +78,15 @@ static void lacuna_config_changed(struct virtio_device *vdev)
 
 /* ---- features and queues ---- */
 
+static void lacuna_no_bitmaps(struct virtio_device *vdev)
+{
+	if (!virtio_has_feature(vdev, VIRTIO_BALLOON_F_FREE_PAGE_BITMAP))
+		return;
+	dev_warn(&vdev->dev,
+		 "pages are poisoned and the device cannot know: no bitmaps\n");
+	__virtio_clear_bit(vdev, VIRTIO_BALLOON_F_FREE_PAGE_BITMAP);
+}
+
 /*
  * A page the host skips reads as zero on the other side, or as poison_val if
  * that is negotiated; a page that is reported comes back as either, too. A
@@ -99,13 +108,8 @@ static int lacuna_validate(struct virtio_device *vdev)
 		__virtio_clear_bit(vdev, VIRTIO_BALLOON_F_PAGE_POISON);
 	} else if (!virtio_has_feature(vdev, VIRTIO_BALLOON_F_PAGE_POISON)) {
 		__virtio_clear_bit(vdev, VIRTIO_BALLOON_F_REPORTING);
-		if (poison && virtio_has_feature(vdev,
-					VIRTIO_BALLOON_F_FREE_PAGE_BITMAP)) {
-			dev_warn(&vdev->dev,
-				 "pages are poisoned and the device cannot know: no bitmaps\n");
-			__virtio_clear_bit(vdev,
-					   VIRTIO_BALLOON_F_FREE_PAGE_BITMAP);
-		}
+		if (poison)
+			lacuna_no_bitmaps(vdev);
 	}
 
 	/*
@@ -128,32 +132,61 @@ static void lacuna_tell_poison(struct virtio_device *vdev)
 				 poison_val, &poison);
 }
 
-/* Transports number the queues that have a name, one after the other. */
+static bool lacuna_wants(struct lacuna_balloon *vb, enum lacuna_queue queue,
+			 bool bitmap)
+{
+	switch (queue) {
+	case LACUNA_VQ_STATS:
+		return lacuna_has(vb, VIRTIO_BALLOON_F_STATS_VQ);
+	case LACUNA_VQ_HINT:
+		return lacuna_has(vb, VIRTIO_BALLOON_F_FREE_PAGE_HINT);
+	case LACUNA_VQ_REPORTING:
+		return lacuna_has(vb, VIRTIO_BALLOON_F_REPORTING);
+	case LACUNA_VQ_BITMAP:
+		return bitmap;
+	default:
+		return true;
+	}
+}
+
+/*
+ * Transports number the queues that there are, one after the other. They can
+ * be given places without a queue as well, which comes to the same, but some
+ * 6.12 crash when such queues are taken down again.
+ */
 static int lacuna_find(struct lacuna_balloon *vb, bool bitmap)
 {
-	vq_callback_t *callbacks[LACUNA_VQS] = {
-		[LACUNA_VQ_INFLATE] = lacuna_balloon_used,
-		[LACUNA_VQ_DEFLATE] = lacuna_balloon_used,
-		[LACUNA_VQ_STATS] = lacuna_stats_request,
-		[LACUNA_VQ_HINT] = lacuna_used,
-		[LACUNA_VQ_REPORTING] = lacuna_used,
-		[LACUNA_VQ_BITMAP] = lacuna_bitmap_used,
+	static const struct {
+		vq_callback_t *callback;
+		const char *name;
+	} all[LACUNA_VQS] = {
+		[LACUNA_VQ_INFLATE] = { lacuna_balloon_used, "inflate" },
+		[LACUNA_VQ_DEFLATE] = { lacuna_balloon_used, "deflate" },
+		[LACUNA_VQ_STATS] = { lacuna_stats_request, "stats" },
+		[LACUNA_VQ_HINT] = { lacuna_used, "free_page_vq" },
+		[LACUNA_VQ_REPORTING] = { lacuna_used, "reporting_vq" },
+		[LACUNA_VQ_BITMAP] = { lacuna_bitmap_used, "bitmap" },
 	};
-	const char *names[LACUNA_VQS] = {
-		[LACUNA_VQ_INFLATE] = "inflate",
-		[LACUNA_VQ_DEFLATE] = "deflate",
-	};
+	vq_callback_t *callbacks[LACUNA_VQS];
+	const char *names[LACUNA_VQS];
+	struct virtqueue *vqs[LACUNA_VQS] = {};
+	unsigned int i, count = 0;
+	int err;
 
-	memset(vb->vqs, 0, sizeof(vb->vqs));
-	if (lacuna_has(vb, VIRTIO_BALLOON_F_STATS_VQ))
-		names[LACUNA_VQ_STATS] = "stats";
-	if (lacuna_has(vb, VIRTIO_BALLOON_F_FREE_PAGE_HINT))
-		names[LACUNA_VQ_HINT] = "free_page_vq";
-	if (lacuna_has(vb, VIRTIO_BALLOON_F_REPORTING))
-		names[LACUNA_VQ_REPORTING] = "reporting_vq";
-	if (bitmap)
-		names[LACUNA_VQ_BITMAP] = "bitmap";
-	return lacuna_find_vqs(vb->vdev, LACUNA_VQS, vb->vqs, callbacks, names);
+	for (i = 0; i < LACUNA_VQS; i++) {
+		if (!lacuna_wants(vb, i, bitmap))
+			continue;
+		callbacks[count] = all[i].callback;
+		names[count++] = all[i].name;
+	}
+	err = lacuna_find_vqs(vb->vdev, count, vqs, callbacks, names);
+	count = 0;
+	for (i = 0; i < LACUNA_VQS; i++) {
+		bool there = !err && lacuna_wants(vb, i, bitmap);
+
+		vb->vqs[i] = there ? vqs[count++] : NULL;
+	}
+	return err;
 }
 
 static int lacuna_init_vqs(struct lacuna_balloon *vb)
@@ -169,8 +202,6 @@ static int lacuna_init_vqs(struct lacuna_balloon *vb)
 			dev_err(&vb->vdev->dev,
 				"the device offers bitmaps and has no queue for them\n");
 	}
-	if (err)
-		memset(vb->vqs, 0, sizeof(vb->vqs));
 	return err;
 }
 

@@ -26,8 +26,8 @@ static u32 lacuna_read_cmd_id(struct lacuna_balloon *vb)
 	BUILD_BUG_ON(offsetof(struct lacuna_config, free_page_bitmap_cmd_id) !=
 		     VIRTIO_BALLOON_BITMAP_CMD_ID_OFFSET);
 
-	/* The order is explained at lacuna_superseded(). */
 	vb->report_seen = atomic_read(&vb->config_changes);
+	/* Count first, value second: as in lacuna_superseded(). */
 	smp_rmb();
 	virtio_cread_le(vb->vdev, struct lacuna_config,
 			free_page_bitmap_cmd_id, &cmd_id);

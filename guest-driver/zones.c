@@ -81,13 +81,13 @@ bool lacuna_superseded(struct lacuna_balloon *vb)
 
 	if (READ_ONCE(vb->stopping))
 		return true;
+	seen = atomic_read(&vb->config_changes);
+	if (likely(seen == vb->report_seen))
+		return false;
 	/*
 	 * Count first, value second: a change between the two is seen as
 	 * news later, at worst once too often.
 	 */
-	seen = atomic_read(&vb->config_changes);
-	if (likely(seen == vb->report_seen))
-		return false;
 	smp_rmb();
 	virtio_cread_le(vb->vdev, struct lacuna_config,
 			free_page_bitmap_cmd_id, &cmd_id);

@@ -24,6 +24,7 @@
 #include <linux/ktime.h>
 #include <linux/module.h>
 #include <linux/slab.h>
+#include <linux/string.h>
 #include <linux/version.h>
 #include <linux/virtio_ids.h>
 
@@ -124,8 +125,10 @@ static void use(struct test_queue *q, u16 head)
 	used = le16_to_cpu((__force __le16)vr.used->idx);
 	vr.used->ring[used % vr.num].id = (__force __virtio32)cpu_to_le32(head);
 	vr.used->ring[used % vr.num].len = 0;
+	/* The entry before the index, the index before the interrupt. */
 	virt_wmb();
 	WRITE_ONCE(vr.used->idx, (__force __virtio16)cpu_to_le16(used + 1));
+	/* See above. */
 	virt_mb();
 	local_irq_disable();
 	vring_interrupt(0, q->vq);
@@ -233,6 +236,7 @@ static void drain(struct test_device *t, int index)
 	       le16_to_cpu((__force __le16)READ_ONCE(vr.avail->idx))) {
 		bool used;
 
+		/* The index before what it counts. */
 		virt_rmb();
 		if (kthread_should_stop() || READ_ONCE(keep) & BIT(index))
 			return;
@@ -347,16 +351,24 @@ static int find_vqs(struct virtio_device *vdev, unsigned int nvqs,
 #define NAME(i)		(names[i])
 #endif
 {
+	/* As the drivers call them, in the order of their numbers. */
+	static const char * const kinds[MAX_VQS] = {
+		"inflate", "deflate", "stats", "free_page_vq", "reporting_vq",
+		"bitmap",
+	};
 	struct test_device *t = to_test(vdev);
 	unsigned int i, number = 0;
-	int err = nvqs > MAX_VQS ? -EINVAL : 0;
+	int err = nvqs > MAX_VQS ? -EINVAL : 0, kind;
 
 	for (i = 0; !err && i < nvqs; i++) {
 		vqs[i] = NULL;
 		if (!NAME(i))
 			continue;
-		err = make_vq(t, i, number++, CALLBACK(i), NAME(i));
-		vqs[i] = t->queues[i].vq;
+		kind = match_string(kinds, MAX_VQS, NAME(i));
+		err = kind < 0 ? kind :
+		      make_vq(t, kind, number++, CALLBACK(i), NAME(i));
+		if (!err)
+			vqs[i] = t->queues[kind].vq;
 	}
 	if (!err)
 		err = begin(t);
@@ -376,6 +388,9 @@ static void reset(struct virtio_device *vdev)
 	mutex_lock(&t->lock);
 	set_config_u32(t, VIRTIO_BALLOON_BITMAP_CMD_ID_OFFSET, 0);
 	set_config_u32(t, 4, 0);
+	set_config_u32(t, 8, 0);
+	/* Nothing a driver would write. */
+	set_config_u32(t, 12, 0x12345678);
 	/* What was in the balloon is the guest's again. */
 	bitmap_zero(t->inside, get_num_physpages() + (1UL << 20));
 	mutex_unlock(&t->lock);

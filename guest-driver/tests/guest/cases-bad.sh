@@ -71,6 +71,7 @@ case_slow_device()
 	load_driver
 	ask 2
 	check_complete
+	late_chains=
 	echo 3 > $params/request
 	echo 4 > $params/request
 	ask 5
@@ -212,12 +213,11 @@ case_reset_in_walk()
 case_leaks()
 {
 	load_device features=0x3f
-	cycle
-	cycle
-	before=$(meminfo MemFree)
+	for round in 1 2 3 4; do cycle; done
+	before=$(settled_free)
 	for round in 1 2 3 4 5 6 7 8 9 10 11 12; do cycle; done
 	# One chunk of bitmap in each round would be 384 KiB.
-	lost=$((before - $(meminfo MemFree)))
+	lost=$((before - $(settled_free)))
 	note "$lost KiB less free after 12 rounds"
 	[ $lost -lt 300 ] || fail "$lost KiB are gone"
 }

@@ -178,7 +178,7 @@ case_init_on_free()
 	grep -q init_on_free=1 /proc/cmdline || fail "booted without"
 	load_device features=0x10
 	load_driver
-	[ "$(value poison "$(cat $params/target)")" = 0 ] || fail "poison"
+	[ "$(value poison "$(cat $params/target)")" = 0x0 ] || fail "poison"
 	ask 2
 	check_complete
 	rmmod lacuna_balloon
@@ -191,4 +191,26 @@ case_init_on_free()
 	usleep 4000000
 	reported && fail "reported without PAGE_POISON"
 	ask 2
+}
+
+# The kernel was booted with page_poison=1: free pages have to read as 0xaa.
+case_poisoned()
+{
+	grep -q page_poison=1 /proc/cmdline || fail "booted without"
+	load_device features=0x10
+	load_driver
+	[ "$(value poison "$(cat $params/target)")" = 0xaaaaaaaa ] ||
+		fail "$(cat $params/target)"
+	ask 2
+	check_complete
+	rmmod lacuna_balloon
+	rmmod lacuna_test_device
+	# A device that cannot know must not be told of free pages.
+	expect_log 'the device cannot know: no bitmaps'
+	load_device features=0x20
+	load_driver
+	echo 2 > $params/request
+	inflate 100
+	answered 2 && fail "a report without PAGE_POISON"
+	reported && fail "reported without PAGE_POISON"
 }
