@@ -54,10 +54,12 @@ extension Stage {
     }
 
     /// Migrates and returns the report; both ends' messages are checked.
-    func migrate(_ source: Guest, to destination: Guest, at address: String, flags: [String]) throws(Failure) -> MigrationReport {
+    func migrate(
+        _ source: Guest, to destination: Guest, at address: String, flags: [String], on host: TestHost? = nil
+    ) throws(Failure) -> MigrationReport {
         unlink("report.json")
         let client = try run(
-            ["./lacuna", "migrate", "--control", source.control, "--to", address, "--json", "report.json"] + flags,
+            TestHost.command(on: host) + ["./lacuna", "migrate", "--control", source.control, "--to", address, "--json", "report.json"] + flags,
             seconds: patience)
         guard client.status == 0 else { throw Failure("migrate failed: \(client.text)") }
         let status = try waitForEnd(source.child, seconds: 30)

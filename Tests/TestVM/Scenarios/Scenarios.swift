@@ -23,6 +23,7 @@ let scenarios = [
     faultScenarios,
     twoHostScenarios,
     trackerScenarios,
+    roughScenarios,
 ].flatMap(\.self)
 
 /// The whole chain, end to end.

@@ -8,7 +8,11 @@ let twoHostScenarios: [Scenario] = [
     Scenario(
         name: "two-hosts-tcp", memory: 2560, limit: 600, isQuick: false, programs: ["ip", "tc"],
         modules: ["veth", "sch_netem"]
-    ) { stage throws(Failure) in try backAndForth(stage, flags: []) },
+    ) { stage throws(Failure) in try backAndForth(stage, flags: ["--max-rounds", "10"]) },
+    Scenario(
+        name: "two-hosts-ssh", memory: 2560, limit: 600, isQuick: false, programs: ["ip", "tc", "ssh", "sshd", "ssh-keygen"],
+        modules: ["veth", "sch_netem"]
+    ) { stage throws(Failure) in try overSSH(stage) },
 ]
 
 /// A network namespace that lives as long as the program that holds it.
@@ -68,11 +72,11 @@ extension Stage {
 
     /// A migration from one host to the other, whose report must show that the bytes went through the cable.
     func migrate(
-        _ source: Guest, to destination: Guest, throughCableAt address: String, flags: [String]
+        _ source: Guest, to destination: Guest, throughCableAt address: String, flags: [String], on host: TestHost? = nil
     ) throws(Failure) -> MigrationReport {
         let report = try migrate(
             source, to: destination, at: address,
-            flags: ["--skip-free-pages", "--hint-timeout", "5000", "--max-rounds", "10"] + flags)
+            flags: ["--skip-free-pages", "--hint-timeout", "5000"] + flags, on: host)
         let rate = Double(report.bytes) * 8 / 1e3 / report.totalMilliseconds
         say(
             "\(address): \(report.bytes >> 20) MiB in \(Int(report.totalMilliseconds)) ms, \(Int(rate)) Mbit/s on a cable of \(cableRate), downtime \(Int(report.downtimeMilliseconds)) ms"
@@ -117,7 +121,7 @@ private func overSSH(_ stage: Stage) throws(Failure) {
     let hello = try stage.run(TestHost.command(on: near) + [ssh, "-F", config, "far", "echo", "hello"])
     try expect(hello.lines == ["hello"] && hello.status == 0, "ssh alone: \(hello.text)")
 
-    let source = try stage.boot("source", memory: "256M", cpus: 2, run: "memcheck:15:20", on: near)
+    let source = try stage.boot("source", memory: "128M", cpus: 2, run: "memcheck:10:5", on: near)
     try stage.verify(source, passes: 1)
     func command(_ host: String) -> String {
         "exec:\(ssh) -F \(config) \(host) \(here)/lacuna relay unix:\(here)/incoming"
@@ -125,15 +129,16 @@ private func overSSH(_ stage: Stage) throws(Failure) {
 
     // A host with another key than the one that was noted is not the destination, whoever it is.
     let client = try stage.run(
-        ["./lacuna", "migrate", "--control", source.control, "--to", command("stranger")], seconds: patience)
+        TestHost.command(on: near) + ["./lacuna", "migrate", "--control", source.control, "--to", command("stranger")],
+        seconds: patience)
     try expect(client.status == 1, "the migration to a host with a wrong key ended with \(client.status ?? -1)")
     say("a stranger's key: \(client.text)")
     try expect(
-        source.child.count("Host key verification failed") == 1, "ssh's own reason does not reach the operator: \(client.text)")
+        client.count("Host key verification failed") == 1, "ssh's own reason does not reach the operator: \(client.text)")
     try expect(try stage.isRunning(source), "the source does not run after ssh refused")
 
     let destination = try stage.receive("destination", at: "unix:\(here)/incoming", on: far)
-    _ = try stage.migrate(source, to: destination, throughCableAt: command("far"), flags: [])
+    _ = try stage.migrate(source, to: destination, throughCableAt: command("far"), flags: ["--max-rounds", "3"], on: near)
     try expect(server.count("Accepted publickey") > 0, "sshd let nobody in: \(server.text)")
     try stage.verify(destination, passes: 9)
     try stage.stop(destination)
