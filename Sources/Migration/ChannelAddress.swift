@@ -195,7 +195,7 @@ public final class ChannelListener: Sendable {
         var isOpen = withSockaddr(local, { bind(descriptor, $0, $1) }) == 0
         // Guest memory goes through it: for this user only. Nobody can connect before listen().
         if isOpen, case .unix(let path) = address { isOpen = chmod(path, 0o600) == 0 }
-        guard isOpen, listen(descriptor, 4) == 0 else {
+        guard isOpen, listen(descriptor, 64) == 0 else {
             let code = lacuna_errno()
             CLinux.close(descriptor)
             throw .cannotListen(address.description, errno: code)

@@ -21,7 +21,7 @@ public final class MigrationReceiver: Sendable {
     private let guest: any IncomingGuest
     private let options: ReceiverOptions
     private let progress: (@Sendable (ReceiveReport) -> Void)?
-    private let state = Mutex<(stage: Stage, channel: ByteChannel?)>((.open, nil))
+    private let state = Mutex<(stage: Stage, channel: ByteChannel?, lanes: ReceivingLanes?)>((.open, nil, nil))
 
     /// `progress` is called on `run`'s thread after each round.
     public init(
@@ -39,13 +39,25 @@ public final class MigrationReceiver: Sendable {
             guard $0.stage != .committed else { return false }
             $0.stage = .cancelled
             $0.channel?.interrupt()
+            $0.lanes?.interrupt()
             return true
         }
     }
 
-    /// Receives the guest and starts it. Throws after `discard()`, except `notStarted`.
-    public func run(over channel: ByteChannel) throws(MigrationError) -> ReceiveReport {
-        var run = ReceivingRun(guest: guest, channel: channel, options: options, progress: progress)
+    /// Receives the guest and starts it. Throws after `discard()`, except `notStarted`. A source that wants to send over
+    /// several connections is refused unless there is an `acceptor` for them, which is closed once no more are due.
+    public func run(
+        over channel: ByteChannel, joining acceptor: (any ChannelAcceptor)? = nil
+    ) throws(MigrationError) -> ReceiveReport {
+        var run = ReceivingRun(
+            guest: guest, channel: channel, acceptor: acceptor, options: options, progress: progress
+        ) { lanes in
+            self.state.withLock {
+                $0.lanes = lanes
+                if $0.stage == .cancelled { lanes.interrupt() }
+            }
+        }
+        defer { acceptor?.close() }
         let started = monotonicNanoseconds()
         do throws(MigrationError) {
             let isCancelled = state.withLock {
@@ -61,17 +73,26 @@ public final class MigrationReceiver: Sendable {
             }
             guard isMine else { throw .cancelled }
         } catch {
-            state.withLock { $0.channel = nil }
+            let isCancelled = state.withLock {
+                ($0.channel, $0.lanes) = (nil, nil)
+                return $0.stage == .cancelled
+            }
+            // Before the memory goes: when this returns, nothing is received into it any more.
+            run.lanes?.stop()
             // First of all the guest: once the source hears of the failure, it lets its own copy run on.
             guest.discard()
             channel.clearInterrupt()
-            run.explain(error)
-            throw error
+            let cause = isCancelled ? error : run.cause(of: error)
+            run.explain(cause)
+            run.lanes?.close()
+            throw cause
         }
-        state.withLock { $0.channel = nil }
+        state.withLock { ($0.channel, $0.lanes) = (nil, nil) }
+        run.lanes?.stop()
+        run.lanes?.close()
         // The guest is this side's now. An acknowledgement that does not get through leaves the source paused.
         run.report.acknowledged = run.acknowledge()
-        run.report.bytes = channel.bytesReceived
+        run.takeCounts()
         run.report.totalMilliseconds = milliseconds(since: started)
         do {
             try guest.start()
@@ -86,6 +107,10 @@ public final class MigrationReceiver: Sendable {
 private struct ReceivingRun {
     private let guest: any IncomingGuest
     private let channel: ByteChannel
+    private let acceptor: (any ChannelAcceptor)?
+    private let register: (ReceivingLanes) -> Void
+    /// The data connections, if the source announced any.
+    private(set) var lanes: ReceivingLanes?
     private let reader: FrameReader
     private let writer: FrameWriter
     private let idle: Int
@@ -94,11 +119,13 @@ private struct ReceivingRun {
     var report = ReceiveReport()
 
     init(
-        guest: any IncomingGuest, channel: ByteChannel, options: ReceiverOptions,
-        progress: (@Sendable (ReceiveReport) -> Void)?
+        guest: any IncomingGuest, channel: ByteChannel, acceptor: (any ChannelAcceptor)?, options: ReceiverOptions,
+        progress: (@Sendable (ReceiveReport) -> Void)?, register: @escaping (ReceivingLanes) -> Void
     ) {
         self.guest = guest
         self.channel = channel
+        self.acceptor = acceptor
+        self.register = register
         self.progress = progress
         reader = FrameReader(channel)
         idle = options.idleTimeoutMilliseconds
@@ -109,21 +136,43 @@ private struct ReceivingRun {
     mutating func receiveUntilCommit() throws(MigrationError) {
         let hello = try next(nil)
         let description = try reader.payload(of: hello, idleMilliseconds: idle)
+        if order.lanes == 0 { acceptor?.close() }
         let memory: GuestMemory
         do {
             memory = try guest.prepare(machineDescription: description)
         } catch {
             throw .refused(error.what)
         }
-        try writer.send(.ready)
-        try receiveMemoryAndState(memory)
+        let place = ReceivedMemory(memory, of: guest)
+        if order.lanes > 0 {
+            guard let acceptor else {
+                throw .refused("this destination takes one connection only; leave --connections out")
+            }
+            let token = try JoinToken()
+            let lanes = ReceivingLanes(
+                count: order.lanes, token: token, place: place, control: channel, acceptor: acceptor,
+                idleMilliseconds: idle)
+            self.lanes = lanes
+            report.connections = order.lanes
+            register(lanes)
+            try lanes.start()
+            try writer.send(.ready, payload: token.bytes)
+        } else {
+            try writer.send(.ready)
+        }
+        try receiveMemoryAndState(place)
         try writer.send(.loaded)
         _ = try next(memory)
     }
 
     /// Reads the next header, keeps the order, and ends the run if the source ends it.
     private mutating func next(_ memory: GuestMemory?) throws(MigrationError) -> FrameHeader {
-        let header = try reader.header(idleMilliseconds: idle)
+        let header: FrameHeader
+        if let lanes {
+            header = try lanes.header(reader, idleMilliseconds: idle)
+        } else {
+            header = try reader.header(idleMilliseconds: idle)
+        }
         try order.accept(header, memory: memory)
         switch header.type {
         case .cancel: throw .cancelledByPeer
@@ -132,21 +181,19 @@ private struct ReceivingRun {
         }
     }
 
-    private mutating func receiveMemoryAndState(_ memory: GuestMemory) throws(MigrationError) {
-        let touched = PageBitmap(bitCount: memory.frameCount)
+    private mutating func receiveMemoryAndState(_ place: ReceivedMemory) throws(MigrationError) {
+        let memory = place.memory
         var sections: [StateSection] = []
         while order.phase != .decision {
             let header = try next(memory)
             switch header.type {
-            case .pages:
-                try receivePages(header, memory, touched)
-            case .zero, .discard:
-                guard let pages = header.pages(in: memory) else { throw .badStream("a mark outside RAM") }
-                try drop(pages, memory, touched)
-                if header.type == .zero { report.zeroPages += pages.count } else { report.discardMarks += pages.count }
+            case .pages: report.pages += try place.receive(header, from: reader, idleMilliseconds: idle)
+            case .zero: report.zeroPages += try place.drop(header)
+            case .discard: report.discardMarks += try place.drop(header)
             case .verify:
                 guard let pages = header.pages(in: memory) else { throw .badStream("checksums outside RAM") }
                 let checksums = try reader.payload(of: header, idleMilliseconds: idle)
+                try lanes?.waitUntilEnded(rounds: order.rounds)
                 let own = guest.checksums(of: pages).map(Verification.encode) ?? Verification.checksums(of: pages, in: memory)
                 if let wrong = Verification.differences(pages, checksums, own) {
                     throw .notVerified(page: wrong.first, count: wrong.count)
@@ -155,10 +202,11 @@ private struct ReceivingRun {
                 sections.append(try receiveSection(header))
             case .roundEnd:
                 report.rounds = order.rounds
-                report.bytes = channel.bytesReceived
+                takeCounts()
                 progress?(report)
             default:
-                break  // A stateEnd, which the order has seen.
+                // A stateEnd. Memory is complete once every lane has ended too.
+                try lanes?.waitUntilEnded(rounds: order.rounds)
             }
         }
         do {
@@ -168,43 +216,32 @@ private struct ReceivingRun {
         }
     }
 
-    private mutating func receivePages(
-        _ header: FrameHeader, _ memory: GuestMemory, _ touched: PageBitmap
-    ) throws(MigrationError) {
-        guard let pages = header.pages(in: memory),
-            let host = memory.hostPointer(GuestAddress(header.address), bytes: pages.count * pageSize)
-        else { throw .badStream("pages outside RAM") }
-        touched.set(pages)
-        try reader.payload(to: host, bytes: pages.count * pageSize, idleMilliseconds: idle)
-        do { try guest.received(pages: pages) } catch { throw .machineFailed(doing: "storing memory", why: error.what) }
-        report.pages += pages.count
+    /// Brings the report up to date with what all connections received.
+    mutating func takeCounts() {
+        report.bytes = channel.bytesReceived
+        guard let counts = lanes?.counts else { return }
+        report.bytes &+= counts.bytes
+        (report.pages, report.zeroPages, report.discardMarks) = (counts.pages, counts.zeroPages, counts.discardMarks)
+        report.strangers = counts.strangers
     }
 
-    /// Makes `pages` read as zero. A page nothing was ever written to is zero already, and stays without memory.
-    private func drop(_ pages: Range<Int>, _ memory: GuestMemory, _ touched: PageBitmap) throws(MigrationError) {
-        var page = pages.lowerBound
-        while page < pages.upperBound {
-            let bits = touched.word(page >> 6) >> UInt64(page & 63)
-            // A word at a time, and never beyond the run: a peer may send as many short marks as there are pages.
-            guard bits != 0 else {
-                page = (page | 63) + 1
-                continue
-            }
-            let first = page + bits.trailingZeroBitCount
-            guard first < pages.upperBound else { return }
-            var end = first + 1
-            while end < pages.upperBound, touched[end] { end += 1 }
-            do {
-                try memory.discard(pages: first..<end)  // W6: nothing older may show through
-            } catch {
-                throw .machineFailed(doing: "dropping pages", why: error.description)
-            }
-            do { try guest.dropped(pages: first..<end) } catch {
-                throw .machineFailed(doing: "dropping pages", why: error.what)
-            }
-            touched.clear(first..<end)
-            page = end
+    /// What was really to blame for `error`, once the lanes are closed.
+    mutating func cause(of error: MigrationError) -> MigrationError {
+        // A lane that failed interrupted this connection.
+        guard let failure = lanes?.failure, error == .cancelled || error == failure else { return error }
+        // A source that gives up says why here before it closes the lanes.
+        guard failure.isConnectionLoss else { return failure }
+        let lastWordMilliseconds = 500
+        channel.setDeadline(milliseconds: Double(lastWordMilliseconds))
+        defer { channel.setDeadline(milliseconds: nil) }
+        while let header = try? reader.header(idleMilliseconds: lastWordMilliseconds),
+            header.payloadBytes <= StreamLimits.sectionBytes,
+            let payload = try? reader.payload(of: header, idleMilliseconds: lastWordMilliseconds)
+        {
+            if header.type == .cancel { return .cancelledByPeer }
+            if header.type == .failure { return .peerFailed(printable(payload)) }
         }
+        return failure
     }
 
     private func receiveSection(_ header: FrameHeader) throws(MigrationError) -> StateSection {
@@ -238,5 +275,64 @@ private struct ReceivingRun {
         channel.finishWriting()
         channel.drain(milliseconds: lingerMilliseconds)
         channel.shutdown()
+    }
+}
+
+/// The memory of a guest that arrives, and which pages of it were written.
+///
+/// Thread rules: the lanes of a migration may call it side by side, for pages of different chunks, which share no word
+/// of the bitmap.
+final class ReceivedMemory: Sendable {
+    let memory: GuestMemory
+    private let guest: any IncomingGuest
+    private let touched: PageBitmap
+
+    init(_ memory: GuestMemory, of guest: any IncomingGuest) {
+        self.memory = memory
+        self.guest = guest
+        touched = PageBitmap(bitCount: memory.frameCount)
+    }
+
+    /// Reads the payload of a `pages` frame to its place. Returns the number of pages.
+    func receive(
+        _ header: FrameHeader, from reader: FrameReader, idleMilliseconds: Int
+    ) throws(MigrationError) -> Int {
+        guard let pages = header.pages(in: memory),
+            let host = memory.hostPointer(GuestAddress(header.address), bytes: pages.count * pageSize)
+        else { throw .badStream("pages outside RAM") }
+        touched.set(pages)
+        try reader.payload(to: host, bytes: pages.count * pageSize, idleMilliseconds: idleMilliseconds)
+        do { try guest.received(pages: pages) } catch { throw .machineFailed(doing: "storing memory", why: error.what) }
+        return pages.count
+    }
+
+    /// Makes the pages of a mark read as zero. Returns their number. A page nothing was ever written to is zero already,
+    /// and stays without memory.
+    func drop(_ header: FrameHeader) throws(MigrationError) -> Int {
+        guard let pages = header.pages(in: memory) else { throw .badStream("a mark outside RAM") }
+        var page = pages.lowerBound
+        while page < pages.upperBound {
+            let bits = touched.word(page >> 6) >> UInt64(page & 63)
+            // A word at a time, and never beyond the run: a peer may send as many short marks as there are pages.
+            guard bits != 0 else {
+                page = (page | 63) + 1
+                continue
+            }
+            let first = page + bits.trailingZeroBitCount
+            guard first < pages.upperBound else { break }
+            var end = first + 1
+            while end < pages.upperBound, touched[end] { end += 1 }
+            do {
+                try memory.discard(pages: first..<end)  // W6: nothing older may show through
+            } catch {
+                throw .machineFailed(doing: "dropping pages", why: error.description)
+            }
+            do { try guest.dropped(pages: first..<end) } catch {
+                throw .machineFailed(doing: "dropping pages", why: error.what)
+            }
+            touched.clear(first..<end)
+            page = end
+        }
+        return pages.count
     }
 }

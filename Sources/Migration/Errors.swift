@@ -3,7 +3,7 @@ internal import CLinux
 
 /// Why a migration, or a part of one, did not happen. Each description is one line that says what went wrong and what
 /// to do about it.
-public enum MigrationError: Error, Equatable, Sendable, CustomStringConvertible {
+public indirect enum MigrationError: Error, Equatable, Sendable, CustomStringConvertible {
     /// The text is no channel address.
     case badAddress(String, why: String)
     /// Nobody could be reached at the address; the errno of `connect`.
@@ -37,6 +37,8 @@ public enum MigrationError: Error, Equatable, Sendable, CustomStringConvertible 
     /// The time for the migration was over before the rest was small enough.
     /// Speeds are in bytes a second, 0 where not known yet.
     case notConverging(milliseconds: Int, dirtiedPerSecond: Int, sentPerSecond: Int)
+    /// Data connection `number`, from 1, failed, and the migration with it.
+    case laneFailed(number: Int, cause: MigrationError)
     /// The migration failed for `cause`, and then the guest could not be resumed. It is whole, but paused.
     case notResumed(cause: String, why: String)
     /// The destination owns the guest, but could not start it. The source will not run it any more.
@@ -71,6 +73,7 @@ public enum MigrationError: Error, Equatable, Sendable, CustomStringConvertible 
         case .notConverging(let milliseconds, let dirtied, let sent):
             "given up after \(milliseconds) ms: the guest dirties \(dirtied >> 20) MiB/s and \(sent >> 20) MiB/s are sent; try "
                 + "--auto-converge, a longer --timeout, more --bandwidth or --downtime, or --timeout-action force"
+        case .laneFailed(let number, let cause): "data connection \(number): \(cause)"
         case .notResumed(let cause, let why):
             "\(cause); the guest is still here but could not be resumed: \(why); resume it by hand"
         case .notStarted(let why):
@@ -103,6 +106,7 @@ public enum MigrationError: Error, Equatable, Sendable, CustomStringConvertible 
     var isConnectionLoss: Bool {
         switch self {
         case .peerClosed, .channelFailed: true
+        case .laneFailed(_, let cause): cause.isConnectionLoss
         default: false
         }
     }

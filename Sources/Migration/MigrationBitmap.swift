@@ -20,10 +20,10 @@ public final class MigrationBitmap {
     private let memory: GuestMemory
     private let pages: PageBitmap
     private let ram: PageBitmap
-    /// Pages whose last word in the stream was data: what the destination holds of them is not zero.
-    private let held: PageBitmap
-    /// Pages whose last word in the stream is that they were skipped.
-    private let passedOver: PageBitmap
+    /// What the destination was told of each page so far.
+    let told: ToldPages
+    private var held: PageBitmap { told.held }
+    private var passedOver: PageBitmap { told.passedOver }
     private let scratch: PageBitmap
     private var cursor = 0
 
@@ -32,8 +32,7 @@ public final class MigrationBitmap {
         self.memory = memory
         pages = PageBitmap(bitCount: memory.frameCount)
         ram = PageBitmap(bitCount: memory.frameCount)
-        held = PageBitmap(bitCount: memory.frameCount)
-        passedOver = PageBitmap(bitCount: memory.frameCount)
+        told = ToldPages(memory)
         scratch = PageBitmap(bitCount: memory.frameCount)
         for region in memory.regions { ram.set(region.range.pages) }
     }
@@ -86,17 +85,6 @@ public final class MigrationBitmap {
         dirtyCount -= run.count
         cursor = run.upperBound
         return run
-    }
-
-    /// To be called when data of `run` goes into the stream.
-    func sentData(_ run: Range<Int>) {
-        held.set(run)
-        passedOver.clear(run)
-    }
-    /// To be called when a zero mark for `run` goes into the stream.
-    func sentZero(_ run: Range<Int>) {
-        held.clear(run)
-        passedOver.clear(run)
     }
 
     /// The next run, at or after `page`, of pages whose contents the destination was told: all RAM but what was skipped.
@@ -169,6 +157,34 @@ public final class MigrationBitmap {
             stale?.store(bits, inWord: index)
         }
         return stale
+    }
+}
+
+/// What the destination was told of each page.
+///
+/// Thread rules: the lanes of a migration may call the methods side by side for pages of different chunks
+/// (`LaneMap.chunkPages`), which share no word. The migration's own thread looks, and masks, only while the lanes are
+/// quiet.
+final class ToldPages: Sendable {
+    /// Pages whose last word in the stream was data: what the destination holds of them is not zero.
+    let held: PageBitmap
+    /// Pages whose last word in the stream is that they were skipped.
+    let passedOver: PageBitmap
+
+    init(_ memory: GuestMemory) {
+        held = PageBitmap(bitCount: memory.frameCount)
+        passedOver = PageBitmap(bitCount: memory.frameCount)
+    }
+
+    /// To be called when data of `run` goes into the stream.
+    func sentData(_ run: Range<Int>) {
+        held.set(run)
+        passedOver.clear(run)
+    }
+    /// To be called when a zero mark for `run` goes into the stream.
+    func sentZero(_ run: Range<Int>) {
+        held.clear(run)
+        passedOver.clear(run)
     }
 }
 

@@ -11,33 +11,22 @@ internal import GuestMemory
 /// Thread rules: one thread.
 final class PageSender {
     let writer: FrameWriter
-    /// False lifts the limit: every millisecond counts while the guest is stopped.
-    var isThrottled: Bool
     private let memory: GuestMemory
-    private let bitmap: MigrationBitmap
+    private let told: ToldPages
     private let channel: ByteChannel
-    private let limit: Double
-    private let batchBytes: Int
-    /// Bytes that may be sent at once; negative: a debt to be slept off.
-    private var allowance = 0.0
-    private var lastRefill = monotonicNanoseconds()
+    private let bandwidth: Bandwidth
     private var sleptNanoseconds: UInt64 = 0
     private var bytesFlushed = 0
     private var hasFlushed = false
     /// Zero pages found and not yet put into the stream: the run may still grow.
     private var zeroRun: Range<Int>?
 
-    init(
-        memory: GuestMemory, bitmap: MigrationBitmap, writer: FrameWriter, channel: ByteChannel, bytesPerSecond: Int
-    ) {
+    init(memory: GuestMemory, told: ToldPages, writer: FrameWriter, channel: ByteChannel, bandwidth: Bandwidth) {
         self.memory = memory
-        self.bitmap = bitmap
+        self.told = told
         self.writer = writer
         self.channel = channel
-        isThrottled = bytesPerSecond > 0
-        // The floor keeps the pauses between batches well under the destination's patience.
-        limit = Double(max(bytesPerSecond, 1 << 16))
-        batchBytes = bytesPerSecond > 0 ? max(1 << 16, min(1 << 20, Int(limit / 20))) : 1 << 20
+        self.bandwidth = bandwidth
     }
 
     // MARK: Speed
@@ -48,9 +37,6 @@ final class PageSender {
         // The first megabyte may have gone into the socket's buffer at the speed of memory.
         return bytesFlushed >= 1 << 20 && seconds > 0 ? Double(bytesFlushed) / seconds : 0
     }
-
-    /// What to expect of the connection: measured, or else a gigabit line.
-    var bytesPerSecond: Double { measuredBytesPerSecond > 0 ? measuredBytesPerSecond : 125_000_000 }
 
     /// True if something was sent since the last call.
     func takeFlushed() -> Bool {
@@ -92,11 +78,18 @@ final class PageSender {
             let ram = region.range.pages
             var page = ram.lowerBound
             while let run = stale.nextRun(from: page)?.clamped(to: ram), !run.isEmpty {
-                try queue(FrameHeader(.discard, pages: run))
-                round.discarded += run.count
+                try discard(run, &round)
                 page = run.upperBound
             }
         }
+    }
+
+    /// The same for one run within a region.
+    func discard(_ run: Range<Int>, _ round: inout MigrationRound) throws(MigrationError) {
+        // What was found zero before this is to be said before it.
+        try queueZeroRun()
+        try queue(FrameHeader(.discard, pages: run))
+        round.discarded += run.count
     }
 
     /// Sends what is left of a round, and its end.
@@ -106,14 +99,20 @@ final class PageSender {
         try flush()
     }
 
+    /// Ends a data connection.
+    func finishLane(rounds: Int) throws(MigrationError) {
+        try queue(FrameHeader(.laneEnd, count: UInt32(truncatingIfNeeded: rounds)))
+        try flush()
+    }
+
     private func queueData(_ pages: Range<Int>, _ host: UnsafeMutableRawPointer) throws(MigrationError) {
-        bitmap.sentData(pages)
+        told.sentData(pages)
         let bytes = pages.count * pageSize
         try queue(FrameHeader(.pages, pages: pages, payloadBytes: UInt32(truncatingIfNeeded: bytes)), host)
     }
 
     private func queueZero(_ pages: Range<Int>) throws(MigrationError) {
-        bitmap.sentZero(pages)
+        told.sentZero(pages)
         if let open = zeroRun, open.upperBound == pages.lowerBound,
             memory.isRAM(pages: open.lowerBound..<pages.upperBound)
         {
@@ -133,7 +132,7 @@ final class PageSender {
     private func queue(_ header: FrameHeader, _ payload: UnsafeMutableRawPointer? = nil) throws(MigrationError) {
         if writer.isFull { try flush() }
         writer.queue(header, payload: payload)
-        if writer.pendingBytes >= batchBytes { try flush() }
+        if writer.pendingBytes >= bandwidth.batchBytes { try flush() }
     }
 
     private func flush() throws(MigrationError) {
@@ -142,16 +141,8 @@ final class PageSender {
         try writer.flush()
         hasFlushed = true
         bytesFlushed += bytes
-        if isThrottled { try payFor(bytes) }
-    }
-
-    /// The token bucket: holds at most a tenth of a second's worth, and sleeps off what was sent beyond it.
-    private func payFor(_ bytes: Int) throws(MigrationError) {
-        let now = monotonicNanoseconds()
-        allowance = min(allowance + Double(now &- lastRefill) / 1e9 * limit, limit / 10) - Double(bytes)
-        lastRefill = now
-        guard allowance < 0 else { return }
-        let wait = UInt64(-allowance / limit * 1e9)
+        let wait = bandwidth.pay(for: bytes)
+        guard wait > 0 else { return }
         sleptNanoseconds &+= wait
         try channel.sleep(nanoseconds: wait)
     }

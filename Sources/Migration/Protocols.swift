@@ -128,7 +128,8 @@ public protocol IncomingGuest: AnyObject, Sendable {
     /// Checks the source's machine description against what this side can build, and makes the memory: fresh, all
     /// zero. Throws with the reason for a refusal, in words for the source's operator.
     func prepare(machineDescription: [UInt8]) throws(PartFailure) -> GuestMemory
-    /// `pages` of the memory that `prepare` returned were filled just now. For an owner that keeps them elsewhere.
+    /// `pages` of the memory that `prepare` returned were filled just now. For an owner that keeps them elsewhere. With
+    /// several connections, both this and `dropped` are called by several threads at once, each for other pages.
     func received(pages: Range<Int>) throws(PartFailure)
     /// `pages`, which had been filled, read as zero again.
     func dropped(pages: Range<Int>) throws(PartFailure)

@@ -24,6 +24,9 @@ public struct MigrationOptions: Sendable, Codable, Equatable {
     public var pauseBeforeSwitchOver = false
     /// Compare a checksum of each page that was not skipped before the guest is given away.
     public var verify = false
+    /// Connections that memory is sent over: 1, or 2 to 16 beside the one that carries everything else. Other values
+    /// count as the nearest of these.
+    public var connections = 1
     /// How long the destination may keep silent or take nothing.
     public var idleTimeoutMilliseconds = 60_000
     /// How long to wait for the acknowledgement of the commit.
@@ -102,7 +105,7 @@ public struct MigrationReport: Codable, Sendable, Equatable {
     public var ramPages = 0
     /// Pages in the first report.
     public var freePages = 0
-    /// Bytes sent by the source.
+    /// Bytes sent by the source, over all connections.
     public var bytes: UInt64 = 0
     public var pagesSent = 0
     public var zeroPages = 0
@@ -117,6 +120,8 @@ public struct MigrationReport: Codable, Sendable, Equatable {
     /// Free pages in those reports.
     public var droppedPages = 0
     public var rounds: [MigrationRound] = []
+    /// Connections that memory was sent over.
+    public var connections = 1
     public var stateBytes = 0
     /// Pages whose checksums were compared and agreed; 0 if that was not asked for.
     public var verifiedPages = 0
@@ -156,6 +161,10 @@ public struct ReceiveReport: Codable, Sendable, Equatable {
     public var pages = 0
     public var zeroPages = 0
     public var discardMarks = 0
+    /// Connections that memory came over.
+    public var connections = 1
+    /// Connections that wanted to join and had no right to.
+    public var strangers = 0
     public var bytes: UInt64 = 0
     public var totalMilliseconds = 0.0
     /// False: the guest runs here, but the source may not know it and keeps its copy paused.

@@ -17,7 +17,7 @@ public final class MigrationSource: Sendable {
     private let hinter: (any FreePageHinter)?
     private let options: MigrationOptions
     private let progress: (@Sendable (MigrationProgress, MigrationRound?) -> Void)?
-    private let state = Mutex<(stage: Stage, channel: ByteChannel?)>((.open, nil))
+    private let state = Mutex<(stage: Stage, channel: ByteChannel?, lanes: SourceLanes?)>((.open, nil, nil))
     private let gate: SwitchOverGate
 
     /// `trackers` are those of all writers but the VMM itself, whose own log is always added (rule W3). `progress` is
@@ -44,23 +44,29 @@ public final class MigrationSource: Sendable {
             guard $0.stage != .committing else { return false }
             $0.stage = .cancelled
             $0.channel?.interrupt()
+            $0.lanes?.interrupt()
             return true
         }
     }
 
     /// Migrates. Throws with the guest running here (but see `MigrationError.notResumed`); returns with the guest
-    /// paused here for good, or with the outcome `unknown`.
-    public func run(over channel: ByteChannel) throws(MigrationError) -> MigrationReport {
+    /// paused here for good, or with the outcome `unknown`. With `options.connections` above 1, `connect` makes each of
+    /// the data connections, on the caller's thread and to where `channel` leads; a `cancel()` waits for it.
+    public func run(
+        over channel: ByteChannel, connect: (() throws(MigrationError) -> ByteChannel)? = nil
+    ) throws(MigrationError) -> MigrationReport {
+        let lanes = options.connections > 1
+            ? SourceLanes(count: min(options.connections, StreamLimits.lanes), control: channel) : nil
         let run = SourceRun(
-            guest: guest, trackers: trackers, hinter: hinter, options: options, channel: channel, gate: gate,
+            guest: guest, trackers: trackers, hinter: hinter, options: options, channel: channel, lanes: lanes, gate: gate,
             progress: progress)
         do throws(MigrationError) {
             let isCancelled = state.withLock {
-                $0.channel = channel
+                ($0.channel, $0.lanes) = (channel, lanes)
                 return $0.stage == .cancelled
             }
             if isCancelled { throw .cancelled }
-            try run.transfer()
+            try run.transfer(connect: connect)
             // From here on `cancel()` says no: the commit may not be interrupted half-way.
             let isCommitting = state.withLock {
                 if $0.stage == .cancelled { return false }
@@ -70,11 +76,20 @@ public final class MigrationSource: Sendable {
             guard isCommitting else { throw .cancelled }
             try run.commit()
         } catch {
-            state.withLock { $0.channel = nil }
+            let isCancelled = state.withLock {
+                ($0.channel, $0.lanes) = (nil, nil)
+                return $0.stage == .cancelled
+            }
+            lanes?.stop()
+            // A lane that failed interrupted the first connection.
+            let cause = error == .cancelled && !isCancelled ? lanes?.failure ?? error : error
             channel.clearInterrupt()
-            throw run.giveUp(error)
+            // The lanes go last: their end must not come before the reason for it.
+            defer { lanes?.close() }
+            throw run.giveUp(cause)
         }
-        state.withLock { $0.channel = nil }
+        state.withLock { ($0.channel, $0.lanes) = (nil, nil) }
+        lanes?.close()
         channel.shutdown()
         return run.finishedReport()
     }
@@ -99,6 +114,9 @@ final class SourceRun {
     private let hinter: (any FreePageHinter)?
     private let options: MigrationOptions
     private let channel: ByteChannel
+    /// The data connections; nil: pages go over `channel` as well.
+    private let lanes: SourceLanes?
+    private let bandwidth: Bandwidth
     private let reader: FrameReader
     private let bitmap: MigrationBitmap
     private let pageSender: PageSender
@@ -122,7 +140,8 @@ final class SourceRun {
 
     init(
         guest: any OutgoingGuest, trackers: [any DirtyTracker], hinter: (any FreePageHinter)?, options: MigrationOptions,
-        channel: ByteChannel, gate: SwitchOverGate, progress: (@Sendable (MigrationProgress, MigrationRound?) -> Void)?
+        channel: ByteChannel, lanes: SourceLanes?, gate: SwitchOverGate,
+        progress: (@Sendable (MigrationProgress, MigrationRound?) -> Void)?
     ) {
         self.gate = gate
         self.guest = guest
@@ -130,31 +149,43 @@ final class SourceRun {
         self.hinter = hinter
         self.options = options
         self.channel = channel
+        self.lanes = lanes
         self.progress = progress
+        bandwidth = Bandwidth(bytesPerSecond: options.bandwidthLimit)
         reader = FrameReader(channel)
         bitmap = MigrationBitmap(guest.memory)
         pageSender = PageSender(
-            memory: guest.memory, bitmap: bitmap,
+            memory: guest.memory, told: bitmap.told,
             writer: FrameWriter(channel, idleMilliseconds: options.idleTimeoutMilliseconds), channel: channel,
-            bytesPerSecond: options.bandwidthLimit)
+            bandwidth: bandwidth)
         firstByte = channel.bytesSent
         report.ramPages = guest.memory.ramPages
+        report.connections = lanes?.count ?? 1
     }
 
     // MARK: The phases
 
     /// Everything up to the point where the destination could run the guest. Tracking ends with it.
-    func transfer() throws(MigrationError) {
+    func transfer(connect: (() throws(MigrationError) -> ByteChannel)?) throws(MigrationError) {
         let description = guest.machineDescription
         guard description.count <= StreamLimits.descriptionBytes else {
             throw .machineFailed(
                 doing: "describing the machine", why: "it takes more than \(StreamLimits.descriptionBytes) bytes")
         }
         showProgress()
-        try writer.send(.hello, payload: description)
+        if lanes != nil, connect == nil {
+            throw .machineFailed(doing: "opening data connections", why: "this channel is a single one")
+        }
+        try writer.send(.hello, count: UInt32(lanes?.count ?? 0), payload: description)
         channel.setDeadline(milliseconds: Double(options.idleTimeoutMilliseconds))
-        try expect(.ready, options.idleTimeoutMilliseconds)
+        let token = try expect(.ready, options.idleTimeoutMilliseconds)
         channel.setDeadline(milliseconds: nil)
+        if let lanes, let connect {
+            guard let token = JoinToken(token) else { throw .badStream("a ready frame without a token") }
+            try lanes.open(
+                token: token, memory: guest.memory, told: bitmap.told, bandwidth: bandwidth,
+                idleMilliseconds: options.idleTimeoutMilliseconds, connect: connect)
+        }
 
         let tracking = try ArmedTracking(arming: trackers, of: guest.memory)
         bitmap.markAll()
@@ -188,9 +219,12 @@ final class SourceRun {
         round.dirtied = try bitmap.merge(tracking)
         judgeConvergence()
         let isLast = options.maxRounds > 0 && rounds >= options.maxRounds || rounds >= StreamLimits.rounds - 1
-        // While nobody allows the switch-over and the rest is small, collecting is all there is to do.
+        // While nobody allows the switch-over and the rest is small, collecting is all there is to do. But a destination
+        // that hears nothing for long gives up: a round now and then tells it that all is well.
+        let waitsSince = monotonicNanoseconds(), patience = Double(options.idleTimeoutMilliseconds) / 4
         while isForced || isRestSmall || isLast {
             if gate.isOpen { return true }
+            if milliseconds(since: waitsSince) > patience, rounds < StreamLimits.rounds - 1 { break }
             try waitAtGate()
             round.dirtied += try bitmap.merge(tracking)
         }
@@ -227,29 +261,42 @@ final class SourceRun {
         case .cancel:
             throw .notConverging(
                 milliseconds: options.timeoutMilliseconds, dirtiedPerSecond: Int(dirtyPagesPerSecond * Double(pageSize)),
-                sentPerSecond: Int(pageSender.measuredBytesPerSecond))
+                sentPerSecond: Int(measuredBytesPerSecond))
         case .force: isForced = true
         }
     }
 
     /// True if what is left can be expected to be sent within the downtime limit.
     private var isRestSmall: Bool {
-        let seconds = Double(bitmap.dirtyCount * 4096) / pageSender.bytesPerSecond
+        let seconds = Double(bitmap.dirtyCount * 4096) / bytesPerSecond
         return seconds * 1000 <= Double(options.downtimeLimitMilliseconds)
     }
 
+    /// Bytes per second while sending; 0 until there is enough to tell.
+    private var measuredBytesPerSecond: Double {
+        lanes?.measuredBytesPerSecond ?? pageSender.measuredBytesPerSecond
+    }
+    /// What to expect of the connection: measured, or else a gigabit line.
+    private var bytesPerSecond: Double { measuredBytesPerSecond > 0 ? measuredBytesPerSecond : 125_000_000 }
+    /// Bytes sent over all connections.
+    private var bytesSent: UInt64 { channel.bytesSent &+ (lanes?.bytesSent ?? 0) }
+
     /// Sends what the bitmap holds, and the round's end.
     private func sendRound(_ tracking: borrowing ArmedTracking, since start: UInt64) throws(MigrationError) {
-        let before = channel.bytesSent
+        let before = bytesSent
         // A round that is cut short leaves its pages in the bitmap for the stopped one.
         while !isForced || isPaused, let run = bitmap.takeRun(limit: 1024) {
             try tracking.willSend(run)  // W1: a page is tracked again before it is read
-            try pageSender.send(run, &round)
+            if let lanes { try lanes.send(run, meanwhile: lookUp) } else { try pageSender.send(run, &round) }
             try keepUp()
+        }
+        if let lanes {
+            try lanes.finishRound(round.number, meanwhile: lookUp)
+            lanes.takeFigures(into: &round)
         }
         try pageSender.finishRound(round.number, &round)
         try keepUp()
-        round.bytes &+= channel.bytesSent &- before
+        round.bytes &+= bytesSent &- before
         round.milliseconds = milliseconds(since: start)
         finish(round)
         showProgress(report.rounds.last)
@@ -261,8 +308,10 @@ final class SourceRun {
         pausedAt = monotonicNanoseconds()
         // A destination that takes a byte now and then must not keep the guest standing: the time that the rest should
         // take, several times over, and then the guest runs on here.
-        let expected = Double(bitmap.dirtyCount * pageSize) / pageSender.bytesPerSecond * 1000
-        channel.setDeadline(milliseconds: Double(options.idleTimeoutMilliseconds) + 4 * expected)
+        let expected = Double(bitmap.dirtyCount * pageSize) / bytesPerSecond * 1000
+        let limit = Double(options.idleTimeoutMilliseconds) + 4 * expected
+        channel.setDeadline(milliseconds: limit)
+        lanes?.setDeadline(milliseconds: limit)
         // Before the call: a pause that fails half-way has to be taken back as well.
         isPaused = true
         do { try guest.pause() } catch { throw .machineFailed(doing: "pausing the guest", why: error.what) }
@@ -284,8 +333,9 @@ final class SourceRun {
         // Saving may write guest memory (rings brought up to date): those pages too.
         round.dirtied += try bitmap.merge(tracking)
         report.downtime.collectAndSave = lap()
-        pageSender.isThrottled = false
+        bandwidth.lift()
         try sendRound(tracking, since: mark)  // W8: the stopped round never waits for the guest
+        try lanes?.finish(rounds: report.rounds.count, meanwhile: lookUp)
         if options.verify { try sendChecksums() }
         report.downtime.memory = lap()
         phase = .state
@@ -336,7 +386,7 @@ final class SourceRun {
             // Part of a commit is no commit, and what the kernel did not take never reaches the destination.
             if channel.bytesSent &- before < UInt64(FrameHeader.size) { throw error }
         }
-        let answer: (type: FrameType, text: String)
+        let answer: (type: FrameType, text: String, payload: [UInt8])
         do {
             answer = try readAnswer(options.commitTimeoutMilliseconds)
         } catch {
@@ -376,9 +426,13 @@ final class SourceRun {
         if cause == .cancelled {
             writer.sendLast(.cancel, idleMilliseconds: lastWordMilliseconds)
         } else if cause.isConnectionLoss {
-            // The destination may have said why before it went.
-            if failure == cause, let answer = try? readAnswer(lastWordMilliseconds), answer.type == .failure {
+            // The destination may have said why before it went. Where only a data connection is lost it may wait for our
+            // word instead.
+            let isLane = if case .laneFailed = cause { true } else { false }
+            if failure == cause, let answer = try? readAnswer(isLane ? 50 : lastWordMilliseconds), answer.type == .failure {
                 failure = .peerFailed(answer.text)
+            } else if isLane {
+                writer.sendLast(.failure, text: cause.description, idleMilliseconds: lastWordMilliseconds)
             }
         } else {
             writer.sendLast(.failure, text: cause.description, idleMilliseconds: lastWordMilliseconds)
@@ -426,9 +480,13 @@ final class SourceRun {
         round.figures = answer.figures
         if !report.rounds.contains(where: \.answered) { report.freePages = round.found }
         if let stale = masked.stale {
-            let before = channel.bytesSent
-            try pageSender.discard(stale, &round)  // W6: the destination must not keep an older copy
-            round.bytes &+= channel.bytesSent &- before
+            let before = bytesSent
+            if let lanes {
+                try lanes.discard(stale, in: guest.memory, meanwhile: lookUp)  // W6: in order with the pages' data
+            } else {
+                try pageSender.discard(stale, &round)  // W6: the destination must not keep an older copy
+            }
+            round.bytes &+= bytesSent &- before
         }
     }
 
@@ -437,19 +495,28 @@ final class SourceRun {
     // MARK: The destination's words
 
     /// Reads one frame from the destination, which is as hostile as any peer.
-    private func readAnswer(_ idle: Int) throws(MigrationError) -> (type: FrameType, text: String) {
+    private func readAnswer(
+        _ idle: Int
+    ) throws(MigrationError) -> (type: FrameType, text: String, payload: [UInt8]) {
         let header = try reader.header(idleMilliseconds: idle)
-        let mayHaveText = header.type == .refused || header.type == .failure
-        guard header.count == 0, header.address == 0,
-            Int(header.payloadBytes) <= (mayHaveText ? StreamLimits.textBytes : 0)
+        let limit =
+            switch header.type {
+            case .refused, .failure: 0...StreamLimits.textBytes
+            case .ready where lanes != nil: JoinToken.size...JoinToken.size
+            default: 0...0
+            }
+        guard header.count == 0, header.address == 0, limit.contains(Int(header.payloadBytes))
         else { throw .badStream("a \(header.type) frame from the destination has numbers it may not have") }
-        return (header.type, printable(try reader.payload(of: header, idleMilliseconds: idle)))
+        let payload = try reader.payload(of: header, idleMilliseconds: idle)
+        return (header.type, printable(payload), payload)
     }
 
-    private func expect(_ type: FrameType, _ idle: Int) throws(MigrationError) {
+    /// Returns the payload.
+    @discardableResult
+    private func expect(_ type: FrameType, _ idle: Int) throws(MigrationError) -> [UInt8] {
         let answer = try readAnswer(idle)
         switch answer.type {
-        case type: return
+        case type: return answer.payload
         case .refused where type == .ready: throw .refused(answer.text)
         case .failure: throw .peerFailed(answer.text)
         default: throw .badStream("the destination sent a \(answer.type) frame instead of \(type)")
@@ -458,7 +525,12 @@ final class SourceRun {
 
     /// Between batches: hears a destination that gave up, and reports progress.
     private func keepUp() throws(MigrationError) {
-        guard pageSender.takeFlushed() else { return }
+        guard lanes?.takePushed() ?? pageSender.takeFlushed() else { return }
+        try lookUp()
+    }
+
+    /// The same while there is nothing else to do.
+    private func lookUp() throws(MigrationError) {
         try checkTimeout()
         try hearDestination()
         if monotonicNanoseconds() &- lastProgress >= SourceRun.progressNanoseconds { showProgress() }
@@ -486,7 +558,7 @@ final class SourceRun {
     }
 
     func finishedReport() -> MigrationReport {
-        report.bytes = channel.bytesSent &- firstByte
+        report.bytes = bytesSent &- firstByte
         report.lateReports = bitmap.lateReports
         report.droppedPages = bitmap.droppedPages
         report.totalMilliseconds = milliseconds(since: started)
@@ -498,12 +570,13 @@ final class SourceRun {
     private func showProgress(_ ended: MigrationRound? = nil) {
         guard let progress else { return }
         lastProgress = monotonicNanoseconds()
+        let underWay = lanes?.figures ?? (sent: 0, zero: 0)
         progress(
             MigrationProgress(
                 phase: phase, round: round.number, ramPages: report.ramPages, remainingPages: bitmap.dirtyCount,
-                bytes: channel.bytesSent &- firstByte, pagesSent: report.pagesSent + round.sent,
-                zeroPages: report.zeroPages + round.zero, skippedPages: report.skippedPages + round.skipped,
-                bytesPerSecond: pageSender.measuredBytesPerSecond, dirtyPagesPerSecond: dirtyPagesPerSecond,
+                bytes: bytesSent &- firstByte, pagesSent: report.pagesSent + round.sent + underWay.sent,
+                zeroPages: report.zeroPages + round.zero + underWay.zero, skippedPages: report.skippedPages + round.skipped,
+                bytesPerSecond: measuredBytesPerSecond, dirtyPagesPerSecond: dirtyPagesPerSecond,
                 throttlePercent: convergence.throttlePercent, milliseconds: milliseconds(since: started)),
             ended)
     }

@@ -36,6 +36,10 @@ package enum FrameType: UInt8, CaseIterable, Sendable {
     case failure = 14
     /// Source: the CRC-32C of each of `count` pages from `address` on, as payload.
     case verify = 15
+    /// Source, first on a data connection: this is number `count`; the token of `ready` as payload.
+    case join = 16
+    /// Source, last on a data connection: its `count` rounds are complete.
+    case laneEnd = 17
 }
 
 /// What a receiver accepts at most. A sender keeps to the same.
@@ -49,6 +53,8 @@ package enum StreamLimits {
     package static let stateBytes = 64 << 20
     package static let sections = 4096
     package static let rounds = 100_000
+    /// Data connections beside the first one.
+    package static let lanes = 16
 }
 
 /// The fixed part of every frame, 32 bytes little-endian.

@@ -31,6 +31,8 @@ package struct StreamOrder: Sendable {
     private var pagesVerified = 0
     private var sections = 0
     private var stateBytes = 0
+    /// Data connections that the hello announced; with any, no page is named on this one.
+    package private(set) var lanes = 0
 
     package init() {}
 
@@ -39,27 +41,19 @@ package struct StreamOrder: Sendable {
     package mutating func accept(_ header: FrameHeader, memory: GuestMemory?) throws(MigrationError) {
         switch (phase, header.type) {
         case (.hello, .hello):
-            try check(header, payload: 0...StreamLimits.descriptionBytes)
+            guard header.count <= StreamLimits.lanes else {
+                throw .badStream("a hello frame announces \(header.count) data connections, more than \(StreamLimits.lanes)")
+            }
+            try check(header, count: Int(header.count), payload: 0...StreamLimits.descriptionBytes)
+            lanes = Int(header.count)
             phase = .memory
         case (.memory, .pages), (.memory, .zero), (.memory, .discard):
-            guard let memory, let pages = header.pages(in: memory) else {
-                throw .badStream(
-                    "a \(header.type) frame names \(header.count) pages at \(GuestAddress(header.address)), which are "
-                        + "not all RAM")
-            }
-            var payload = 0
-            if header.type == .pages {
-                guard pages.count <= StreamLimits.pagesInFrame else {
-                    throw .badStream("a pages frame holds \(pages.count) pages, more than \(StreamLimits.pagesInFrame)")
-                }
-                payload = pages.count * pageSize
-            }
-            guard Int(header.payloadBytes) == payload, header.payloadChecksum == 0 else {
-                throw .badStream("a \(header.type) frame of \(pages.count) pages has \(header.payloadBytes) bytes")
+            guard lanes == 0 else {
+                throw .badStream("a \(header.type) frame came on the first connection, and there are \(lanes) for memory")
             }
             // Cannot overflow: both are at most the machine's pages.
-            pagesInRound += pages.count
-            guard pagesInRound <= memory.ramPages else {
+            pagesInRound += try header.checkedPages(in: memory).count
+            guard let memory, pagesInRound <= memory.ramPages else {
                 throw .badStream("round \(rounds + 1) names more pages than the machine has")
             }
             roundIsOpen = true
@@ -114,12 +108,83 @@ package struct StreamOrder: Sendable {
     private func check(
         _ header: FrameHeader, count: Int = 0, payload: ClosedRange<Int> = 0...0
     ) throws(MigrationError) {
-        guard Int(header.count) == count, header.address == 0, payload.contains(Int(header.payloadBytes)),
-            header.payloadBytes > 0 || header.payloadChecksum == 0
+        try header.check(count: count, payload: payload)
+    }
+}
+
+/// The same for one data connection, after its join.
+package struct LaneOrder: Sendable {
+    package let lane: Int
+    /// Rounds completed.
+    package private(set) var rounds = 0
+    /// The source's last word on this connection has come.
+    package private(set) var hasEnded = false
+    private let map: LaneMap
+    private let memory: GuestMemory
+    /// Pages that a round may name: the lane's share of the machine.
+    private let share: Int
+    private var pagesInRound = 0
+    private var roundIsOpen = false
+
+    package init(lane: Int, map: LaneMap, memory: GuestMemory) {
+        self.lane = lane
+        self.map = map
+        self.memory = memory
+        share = map.pages(of: lane, in: memory)
+    }
+
+    /// Checks one header against everything that came before on this connection. Throws `badStream`.
+    package mutating func accept(_ header: FrameHeader) throws(MigrationError) {
+        switch header.type {
+        case _ where hasEnded: throw .badStream("a \(header.type) frame came after the connection's end")
+        case .pages, .zero, .discard:
+            let pages = try header.checkedPages(in: memory)
+            guard map.lane(lane, owns: pages) else {
+                throw .badStream("a \(header.type) frame names pages that do not belong to the connection")
+            }
+            // Cannot overflow: both are at most the machine's pages.
+            pagesInRound += pages.count
+            guard pagesInRound <= share else {
+                throw .badStream("round \(rounds + 1) names more pages than belong to the connection")
+            }
+            roundIsOpen = true
+        case .roundEnd:
+            try header.check(count: rounds + 1)
+            guard rounds < StreamLimits.rounds else { throw .badStream("more than \(rounds) rounds") }
+            rounds += 1
+            (pagesInRound, roundIsOpen) = (0, false)
+        case .laneEnd where rounds > 0 && !roundIsOpen:
+            try header.check(count: rounds)
+            hasEnded = true
+        default:
+            throw .badStream("a \(header.type) frame came on a data connection\(roundIsOpen ? ", within a round" : "")")
+        }
+    }
+}
+
+extension FrameHeader {
+    /// The pages of a pages, zero or discard frame; throws unless they are all RAM and the payload is as it must be.
+    fileprivate func checkedPages(in memory: GuestMemory?) throws(MigrationError) -> Range<Int> {
+        guard let memory, let pages = pages(in: memory) else {
+            throw .badStream("a \(type) frame names \(count) pages at \(GuestAddress(address)), which are not all RAM")
+        }
+        if type == .pages, pages.count > StreamLimits.pagesInFrame {
+            throw .badStream("a pages frame holds \(pages.count) pages, more than \(StreamLimits.pagesInFrame)")
+        }
+        guard Int(payloadBytes) == (type == .pages ? pages.count * pageSize : 0), payloadChecksum == 0 else {
+            throw .badStream("a \(type) frame of \(pages.count) pages has \(payloadBytes) bytes")
+        }
+        return pages
+    }
+
+    /// Checks a frame that names no pages.
+    fileprivate func check(count expected: Int, payload: ClosedRange<Int> = 0...0) throws(MigrationError) {
+        guard Int(count) == expected, address == 0, payload.contains(Int(payloadBytes)),
+            payloadBytes > 0 || payloadChecksum == 0
         else {
             throw .badStream(
-                "a \(header.type) frame with count \(header.count) (not \(count)), address "
-                    + "\(GuestAddress(header.address)) and \(header.payloadBytes) bytes")
+                "a \(type) frame with count \(count) (not \(expected)), address \(GuestAddress(address)) and "
+                    + "\(payloadBytes) bytes")
         }
     }
 }

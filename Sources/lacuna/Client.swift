@@ -76,7 +76,9 @@ enum Client {
 
         var request = ControlRequest(command: .migrate, to: to, options: options)
         var descriptor: Int32?
-        switch try SpecialChannel(parsing: to) {
+        let special = try SpecialChannel(parsing: to)
+        if special != nil { try options.refuseConnections(to) }
+        switch special {
         case .file(let path)?: request = ControlRequest(command: .snapshot, to: path, options: options, endsAfterwards: true)
         case let special?:
             descriptor = try special.open()
@@ -92,8 +94,9 @@ enum Client {
             words, options: migrationOptions.union(["control"]), flags: migrationFlags, operand: "the file")
         let json = arguments["json"]
         let file = try openReport(json)
-        let request = ControlRequest(
-            command: .snapshot, to: try absolutePath(arguments.operand), options: try migrationRequest(arguments))
+        let options = try migrationRequest(arguments)
+        try options.refuseConnections(arguments.operand)
+        let request = ControlRequest(command: .snapshot, to: try absolutePath(arguments.operand), options: options)
         try follow(request, try arguments.required("control"), passing: nil, reportTo: file, named: json) {
             summary($0, "snapshot written")
         }
@@ -124,7 +127,7 @@ enum Client {
     }
 
     static let migrationOptions: Set<String> = [
-        "json", "downtime", "hint-timeout", "bandwidth", "timeout", "timeout-action", "max-rounds",
+        "json", "downtime", "hint-timeout", "bandwidth", "timeout", "timeout-action", "max-rounds", "connections",
     ]
     static let migrationFlags: Set<String> = ["skip-free-pages", "auto-converge", "pause-before-switch-over", "verify"]
 
@@ -138,6 +141,7 @@ enum Client {
         options.hintTimeoutMilliseconds = try arguments.integer("hint-timeout", in: 1...600_000)
         options.timeoutMilliseconds = try arguments.integer("timeout", in: 1...86_400_000)
         options.maxRounds = try arguments.integer("max-rounds", in: 1...99_999)
+        options.connections = try arguments.integer("connections", in: 1...16)
         options.bandwidth = try arguments.size("bandwidth")
         if let text = arguments["timeout-action"] {
             guard let action = TimeoutAction(rawValue: text) else {
@@ -173,6 +177,14 @@ enum Client {
             + (report.throttlePercent > 0 ? ", vCPUs slowed down by up to \(report.throttlePercent) %" : "")
     }
     private static func rounded(_ value: Double) -> String { String(Int(value.rounded())) }
+}
+
+extension MigrationRequest {
+    /// A place that is no address can be reached once only.
+    fileprivate func refuseConnections(_ place: String) throws(Complaint) {
+        guard connections ?? 1 > 1 else { return }
+        throw .usage("--connections needs an address (unix: or tcp:), not '\(place)'")
+    }
 }
 
 /// Writes all bytes; false if that was not possible.

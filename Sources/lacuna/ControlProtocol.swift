@@ -35,6 +35,7 @@ struct MigrationRequest: Codable, Sendable {
     var pauseBeforeSwitchOver = false
     var verify = false
     var maxRounds: Int?
+    var connections: Int?
 }
 
 /// What comes back: lines of JSON, any number with `progress`, then one with `error` or `done`.

@@ -17,7 +17,7 @@ let help = """
       migrate  --control SOCKET --to ADDRESS [--skip-free-pages] [--json FILE]
                [--downtime MS] [--hint-timeout MS] [--bandwidth BYTES] [--auto-converge]
                [--timeout MS [--timeout-action cancel|force]] [--max-rounds N]
-               [--pause-before-switch-over] [--verify]
+               [--connections N] [--pause-before-switch-over] [--verify]
       migrate  --control SOCKET --status
       snapshot --control SOCKET FILE [OPTION of migrate]...
       switch-over  --control SOCKET
@@ -70,6 +70,7 @@ let help = """
       --timeout MS         the migration may take so long before the guest is stopped (no limit)
       --timeout-action X   then: cancel, and the guest stays here; or force, and it stands still for the rest (cancel)
       --max-rounds N       stop the guest after so many rounds, whatever is left (no limit)
+      --connections N      send memory over so many connections, 1 to 16 (1)
       --pause-before-switch-over  wait, with the guest running, for `lacuna switch-over`
       --verify             compare a checksum of every page sent at the end; costs downtime
       --status             print where the migration stands, or how the last one ended, as JSON

@@ -134,6 +134,8 @@ enum Host {
         defer { if let control, guest.isServing { unlink(control) } }
         do {
             let channel: ByteChannel
+            // It listens on until the source's other connections have come.
+            var acceptor: ChannelListener?
             if let descriptor = try special?.open() {
                 channel = try ByteChannel(adopting: descriptor, name: text)
                 if let control { try guest.serve(at: control) }
@@ -146,11 +148,11 @@ enum Host {
                 write(Array("lacuna: waiting for a guest at \(listener.address)\n".utf8), to: 2)
                 guest.whileWaiting { listener.close() }
                 channel = try listener.accept()
-                listener.close()
+                acceptor = listener
             }
             let receiver = MigrationReceiver(guest: incoming)
             guest.whileWaiting { receiver.cancel() }
-            _ = try receiver.run(over: channel)
+            _ = try receiver.run(over: channel, joining: acceptor)
         } catch MigrationError.cancelled where guest.isStopping {
             return
         } catch let complaint as Complaint {

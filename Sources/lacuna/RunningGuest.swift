@@ -208,18 +208,20 @@ final class RunningGuest: Sendable {
         }
         do {
             let channel: ByteChannel
+            var connect: (() throws(MigrationError) -> ByteChannel)?
             if let passed {
                 channel = try ByteChannel(adopting: passed, name: place)
             } else {
                 let address = try ChannelAddress(parsing: place)
                 try refuseOwnSocket(address)
                 channel = try ByteChannel.connect(to: address)
+                connect = { () throws(MigrationError) in try ByteChannel.connect(to: address) }
             }
             let outgoing = OutgoingMachine(machine)
             let source = MigrationSource(
                 guest: outgoing, trackers: outgoing.trackers, hinter: outgoing.hinter,
                 options: (request.options ?? MigrationRequest()).options, progress: observer(peer))
-            let report = try follow(source) { () throws(MigrationError) in try source.run(over: channel) }
+            let report = try follow(source) { () throws(MigrationError) in try source.run(over: channel, connect: connect) }
             finish(report, at: place, machine, peer)
             endMigration(nil)
         } catch {
@@ -284,6 +286,7 @@ extension MigrationRequest {
         if let value = timeoutMilliseconds { options.timeoutMilliseconds = value }
         if let value = timeoutAction { options.timeoutAction = value }
         if let value = maxRounds { options.maxRounds = value }
+        if let value = connections { options.connections = value }
         options.autoConverge = autoConverge
         options.pauseBeforeSwitchOver = pauseBeforeSwitchOver
         options.verify = verify

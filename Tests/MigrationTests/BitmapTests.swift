@@ -67,10 +67,10 @@ private final class LooseTracker: DirtyTracker {
                 #expect(dirty.isSuperset(of: run))
                 dirty.subtract(run)
                 if Bool.random(using: &random) {
-                    bitmap.sentData(run)
+                    bitmap.told.sentData(run)
                     held.formUnion(run)
                 } else {
-                    bitmap.sentZero(run)
+                    bitmap.told.sentZero(run)
                     held.subtract(run)
                 }
             }

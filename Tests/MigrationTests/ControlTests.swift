@@ -124,6 +124,28 @@ import Testing
         held.withLock { $0 = nil }
     }
 
+    /// The destination gives up on a source that is silent for long, and nobody says how long the wait may last.
+    @Test func aLongWaitForTheSwitchOverIsNoSilence() throws {
+        let guest = try MiniGuest()
+        for page in guest.pages { guest.fill(page: page, seed: 1) }
+        var options = quickOptions()
+        options.pauseBeforeSwitchOver = true
+        options.idleTimeoutMilliseconds = 400
+        var patience = ReceiverOptions()
+        patience.idleTimeoutMilliseconds = 400
+        let held = Mutex<MigrationSource?>(nil)
+        let started = ContinuousClock.now
+        let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: options) { progress, _ in
+            if progress.phase == .waiting, ContinuousClock.now - started > .milliseconds(1500) {
+                held.withLock { $0 }?.allowSwitchOver()
+            }
+        }
+        held.withLock { $0 = source }
+        let ends = try migrate(source, to: MigrationReceiver(guest: MiniPlace(), options: patience))
+        #expect(try ends.source.get().outcome == .completed)
+        held.withLock { $0 = nil }
+    }
+
     @Test func cancelEndsTheWaitForTheSwitchOver() throws {
         let guest = try MiniGuest()
         var options = quickOptions()

@@ -7,7 +7,7 @@ import Testing
 @testable import Migration
 
 /// A line between two channels that breaks after so many bytes in one direction or the other, and keeps a copy.
-private final class BreakingLine: Sendable {
+final class BreakingLine: Sendable {
     let forward = Mutex<[UInt8]>([])
     let backward = Mutex<[UInt8]>([])
     let near: ByteChannel

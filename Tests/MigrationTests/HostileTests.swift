@@ -5,14 +5,14 @@ import Testing
 @testable import Migration
 
 /// A frame with a right checksum, whatever else is wrong with it.
-private func frame(_ header: FrameHeader, _ payload: [UInt8] = []) -> [UInt8] {
+func frame(_ header: FrameHeader, _ payload: [UInt8] = []) -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: FrameHeader.size)
     bytes.withUnsafeMutableBytes { header.encode(into: $0.baseAddress!) }
     return bytes + payload
 }
 
 /// A frame as an honest source sends it.
-private func honest(_ type: FrameType, count: UInt32 = 0, _ payload: [UInt8] = []) -> [UInt8] {
+func honest(_ type: FrameType, count: UInt32 = 0, _ payload: [UInt8] = []) -> [UInt8] {
     let checksum = payload.isEmpty ? 0 : checksum(payload)
     return frame(
         FrameHeader(type, count: count, payloadBytes: UInt32(payload.count), payloadChecksum: checksum), payload)
@@ -28,7 +28,7 @@ private func checksum(_ bytes: [UInt8]) -> UInt32 {
     return ~crc
 }
 
-private func pages(_ first: Int, _ count: Int, byte: UInt8 = 7) -> [UInt8] {
+func pages(_ first: Int, _ count: Int, byte: UInt8 = 7) -> [UInt8] {
     frame(
         FrameHeader(.pages, pages: first..<first + count, payloadBytes: UInt32(count * pageSize)),
         [UInt8](repeating: byte, count: count * pageSize))
@@ -97,7 +97,9 @@ private func pages(_ first: Int, _ count: Int, byte: UInt8 = 7) -> [UInt8] {
         }
         try expectBad(frame(FrameHeader(.hello, payloadBytes: 65537)), "hello")
         try expectBad(frame(FrameHeader(.hello, payloadBytes: .max)), "hello")
-        try expectBad(frame(FrameHeader(.hello, count: 1)), "hello")
+        try expectBad(frame(FrameHeader(.hello, count: 17)), "17 data connections")
+        try expectBad(frame(FrameHeader(.hello, count: .max)), "data connections")
+        try expectBad(frame(FrameHeader(.hello, count: 2, address: 4096)), "hello")
         try expectBad(ready + honest(.roundEnd, count: 0), "roundEnd")
         try expectBad(ready + honest(.roundEnd, count: .max), "roundEnd")
         try expectBad(round + frame(FrameHeader(.state, count: 0, payloadBytes: 4)), "name")

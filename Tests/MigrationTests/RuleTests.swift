@@ -119,7 +119,7 @@ import Testing
     }
 
     /// Sent in round 1, dirtied and freed before round 2: the destination must not keep what it got.
-    @Test func w6_aPageSentBeforeAndSkippedNowReadsAsZero() throws {
+    @Test(arguments: [1, 2, 3]) func w6_aPageSentBeforeAndSkippedNowReadsAsZero(connections: Int) throws {
         let guest = try MiniGuest()
         for page in guest.pages { guest.fill(page: page, seed: 6) }
         let hinter = ScriptedHinter(guest.journal) { request in
@@ -127,6 +127,7 @@ import Testing
         }
         var options = quickOptions(skip: true)
         options.downtimeLimitMilliseconds = 0
+        options.connections = connections
         let (result, arrived) = try run(guest, hinter, options: options) { round in
             guard round == 1 else { return }
             // The guest clears what it frees, and trusts it to be zero when it takes it again.
@@ -140,11 +141,12 @@ import Testing
     }
 
     /// A zero mark for a page that was sent before has to reach the memory too.
-    @Test func w6_aZeroMarkClearsAnOlderCopy() throws {
+    @Test(arguments: [1, 2]) func w6_aZeroMarkClearsAnOlderCopy(connections: Int) throws {
         let guest = try MiniGuest()
         for page in guest.pages { guest.fill(page: page, seed: 6) }
         var options = quickOptions()
         options.downtimeLimitMilliseconds = 0
+        options.connections = connections
         let (_, arrived) = try run(guest, ScriptedHinter(guest.journal) { _ in nil }, options: options) { round in
             if round == 1 { for page in 3..<90 { guest.clear(page: page) } }
         }

@@ -308,15 +308,75 @@ struct Ends: Sendable {
     var destination: Result<ReceiveReport, MigrationError>
 }
 
-/// Runs both sides, the receiver on a thread of its own.
+/// Runs both sides, the receiver on a thread of its own. Data connections, where the source's options want some, go
+/// through `switchboard`.
 func migrate(
-    _ source: MigrationSource, to receiver: MigrationReceiver, over channels: (ByteChannel, ByteChannel)? = nil
+    _ source: MigrationSource, to receiver: MigrationReceiver, over channels: (ByteChannel, ByteChannel)? = nil,
+    through switchboard: Switchboard = Switchboard()
 ) throws -> Ends {
     let (near, far) = try channels ?? ByteChannel.pair()
     let worker = Worker<Result<ReceiveReport, MigrationError>> {
-        do throws(MigrationError) { return .success(try receiver.run(over: far)) } catch { return .failure(error) }
+        do throws(MigrationError) { return .success(try receiver.run(over: far, joining: switchboard)) } catch {
+            return .failure(error)
+        }
     }
     let result: Result<MigrationReport, MigrationError>
-    do throws(MigrationError) { result = .success(try source.run(over: near)) } catch { result = .failure(error) }
+    do throws(MigrationError) {
+        result = .success(try source.run(over: near) { () throws(MigrationError) in try switchboard.connect() })
+    } catch { result = .failure(error) }
     return Ends(source: result, destination: worker.join())
+}
+
+/// A listener within the process: what one side connects, the other accepts.
+final class Switchboard: ChannelAcceptor {
+    private let state = Monitor<(waiting: [ByteChannel], isClosed: Bool, made: Int)>(([], false, 0))
+    private let make: @Sendable (_ number: Int) throws(MigrationError) -> (ByteChannel, ByteChannel)
+
+    /// `make` makes connection `number`, from 1, and may lead other connections in before it.
+    init(
+        make: @escaping @Sendable (_ number: Int) throws(MigrationError) -> (ByteChannel, ByteChannel) = {
+            number throws(MigrationError) in try ByteChannel.pair()
+        }
+    ) { self.make = make }
+
+    var isClosed: Bool { state.read(\.isClosed) }
+
+    func connect() throws(MigrationError) -> ByteChannel {
+        let number = state.update {
+            $0.made += 1
+            return $0.made
+        }
+        let (near, far) = try make(number)
+        guard admit(far) else { throw .cannotConnect("switchboard", errno: ECONNREFUSED) }
+        return near
+    }
+
+    /// Lets somebody in; false if nobody is let in any more.
+    @discardableResult func admit(_ far: ByteChannel) -> Bool {
+        state.update {
+            if !$0.isClosed { $0.waiting.append(far) }
+            return !$0.isClosed
+        }
+    }
+
+    func accept(timeoutMilliseconds: Int?) throws(MigrationError) -> ByteChannel {
+        let limit = timeoutMilliseconds ?? 60_000
+        let next: ByteChannel?? = state.wait(milliseconds: limit) { state -> ByteChannel?? in
+            if state.isClosed { return .some(nil) }
+            if state.waiting.isEmpty { return nil }
+            return state.waiting.removeFirst()
+        }
+        guard let next else { throw .timedOut("accepting", milliseconds: limit) }
+        guard let next else { throw .cancelled }
+        return next
+    }
+
+    func close() {
+        let unheard = state.update {
+            let waiting = $0.waiting
+            ($0.isClosed, $0.waiting) = (true, [])
+            return waiting
+        }
+        for channel in unheard { channel.shutdown() }
+    }
 }

@@ -36,8 +36,9 @@ private final class Allocator: Sendable {
 @Suite struct WholeTests {
     private let layout = [mebibytes(0, 4), mebibytes(4, 2), mebibytes(8, 4)]
 
-    @Test(arguments: 0..<6) func aBusyGuestArrivesWhole(seed: Int) throws {
+    @Test(arguments: 0..<14) func aBusyGuestArrivesWhole(seed: Int) throws {
         let skip = seed % 3 != 0
+        let connections = seed < 6 ? 1 : [2, 3, 4, 16][seed % 4]
         let guest = try MiniGuest(layout)
         let pages = guest.pages
         for page in pages where page % 5 == 0 { guest.fill(page: page, seed: UInt64(seed)) }
@@ -61,6 +62,7 @@ private final class Allocator: Sendable {
         var options = quickOptions(skip: skip)
         options.downtimeLimitMilliseconds = seed < 3 ? 1 : 50
         options.maxRounds = 6
+        options.connections = connections
         let source = MigrationSource(guest: guest, trackers: [guest.tracker], hinter: hinter, options: options)
         let place = MiniPlace(layout)
         let ends = try migrate(source, to: MigrationReceiver(guest: place))
@@ -74,6 +76,7 @@ private final class Allocator: Sendable {
         #expect(result.bytes == received.bytes)
         #expect(result.pagesSent == received.pages && result.zeroPages == received.zeroPages)
         #expect(result.rounds.count == received.rounds)
+        #expect(result.connections == connections && received.connections == connections && received.strangers == 0)
         #expect(!guest.tracker.armed)
         #expect((result.hintMethod == "script") == skip && (result.skippedPages > 0) == skip)
         #expect(result.rounds.reduce(0) { $0 + $1.sent } == result.pagesSent)

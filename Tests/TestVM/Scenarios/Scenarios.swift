@@ -24,6 +24,7 @@ let scenarios = [
     twoHostScenarios,
     trackerScenarios,
     roughScenarios,
+    connectionScenarios,
 ].flatMap(\.self)
 
 /// The whole chain, end to end.
