@@ -27,6 +27,9 @@ die() {
 # others boot each of them. An empty series means the first.
 # shellcheck disable=SC2034
 kernel_series=(6.1 6.12)
+# For single tests: Debian 12's kernel for all machines, which has options that the one for clouds leaves out.
+# shellcheck disable=SC2034
+extra_series=(6.1-generic)
 
 # series_suffix [SERIES]: what the series adds to the names of its files; nothing for the first.
 series_suffix() { [[ -z ${1:-} || $1 == "${kernel_series[0]}" ]] || printf -- '-%s\n' "$1"; }

@@ -7,11 +7,16 @@ import Migration
 let patience: Double = 240
 
 /// The kernels that the bed brings for guests.
-enum GuestKernel: String, CaseIterable {
+enum GuestKernel: String {
     /// The one of Debian 12.
     case debian12 = "6.1"
     /// The one that bookworm-backports has for it.
     case backports = "6.12"
+    /// Debian 12's for all machines and not for clouds: it has CONFIG_PAGE_POISONING.
+    case generic = "6.1-generic"
+
+    /// Those that every test of the driver runs on.
+    static let allCases: [GuestKernel] = [.debian12, .backports]
 
     private var suffix: String { self == .debian12 ? "" : "-\(rawValue)" }
     var image: String { "vmlinuz\(suffix)" }
