@@ -67,6 +67,9 @@ let package = Package(
         .testTarget(name: "MigrationTests", dependencies: ["GuestMemory", "Migration", "TestSupport"], swiftSettings: common),
         .testTarget(name: "MachineTests", dependencies: ["CLinux", "GuestMemory", "KVM", "Machine", "Migration", "TestSupport"], swiftSettings: common),
         .executableTarget(
+            name: "lacuna-races", dependencies: ["GuestMemory", "Migration", "TestSupport"], path: "Tests/Races",
+            exclude: ["exceptions"], swiftSettings: common),
+        .executableTarget(
             name: "lacuna-scenarios", dependencies: ["CLinux", "Migration"], path: "Tests/TestVM/Scenarios",
             swiftSettings: common),
     ],
