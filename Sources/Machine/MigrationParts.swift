@@ -93,6 +93,7 @@ public final class IncomingMachine: IncomingGuest {
                 }
                 configuration.vsockCID = vsockCID
             }
+            try HostMemory.check(canHold: configuration.memorySize)
             if let size = expected.memorySize, size != configuration.memorySize {
                 throw PartFailure(
                     "the guest has \(configuration.memorySize >> 20) MiB of memory and the destination was started for \(size >> 20) MiB; start it with --memory \(configuration.memorySize >> 20)M")
