@@ -47,7 +47,8 @@ package struct StreamOrder: Sendable {
             try check(header, count: Int(header.count), payload: 0...StreamLimits.descriptionBytes)
             lanes = Int(header.count)
             phase = .memory
-        case (.memory, .pages), (.memory, .zero), (.memory, .discard):
+        case (.memory, .pages) where pagesVerified == 0, (.memory, .zero) where pagesVerified == 0,
+            (.memory, .discard) where pagesVerified == 0:
             guard lanes == 0 else {
                 throw .badStream("a \(header.type) frame came on the first connection, and there are \(lanes) for memory")
             }
@@ -57,7 +58,7 @@ package struct StreamOrder: Sendable {
                 throw .badStream("round \(rounds + 1) names more pages than the machine has")
             }
             roundIsOpen = true
-        case (.memory, .roundEnd):
+        case (.memory, .roundEnd) where pagesVerified == 0:
             try check(header, count: rounds + 1)
             guard rounds < StreamLimits.rounds else { throw .badStream("more than \(rounds) rounds") }
             rounds += 1
@@ -86,7 +87,8 @@ package struct StreamOrder: Sendable {
             try check(header, payload: 0...StreamLimits.textBytes)
             phase = .ended
         default:
-            throw .badStream("a \(header.type) frame came in the \(phase) phase\(roundIsOpen ? ", within a round" : "")")
+            let detail = roundIsOpen ? ", within a round" : pagesVerified > 0 ? ", after checksums" : ""
+            throw .badStream("a \(header.type) frame came in the \(phase) phase\(detail)")
         }
     }
 

@@ -116,6 +116,52 @@ func pages(_ first: Int, _ count: Int, byte: UInt8 = 7) -> [UInt8] {
         try expectBad(ready + frame(FrameHeader(.cancel, address: 4096)), "cancel")
     }
 
+    @Test func checksumsWithWorstValues() throws {
+        let round = hello + pages(3, 1) + honest(.roundEnd, count: 1)
+        func verify(_ first: UInt64, _ count: UInt32, _ bytes: [UInt8], crc: UInt32? = nil) -> [UInt8] {
+            frame(
+                FrameHeader(
+                    .verify, count: count, address: first << 12, payloadBytes: UInt32(bytes.count),
+                    payloadChecksum: crc ?? (bytes.isEmpty ? 0 : checksum(bytes))), bytes)
+        }
+        func sum(_ byte: UInt8) -> [UInt8] {
+            withUnsafeBytes(of: checksum([UInt8](repeating: byte, count: pageSize)).littleEndian) { Array($0) }
+        }
+        let right = verify(2, 2, sum(0) + sum(7))
+        let end = honest(.stateEnd) + honest(.commit)
+        let (error, place) = try feed(round + right + end)
+        #expect(error == nil && place.runs)
+        try place.guest?.pause()
+
+        for (first, count) in [(0, 0), (64, 4097), (0, 129), (1 << 19, 1), (319, 2), (1 << 51, .max)] as [(UInt64, UInt32)] {
+            try expectBad(round + verify(first, count, [UInt8](repeating: 0, count: 4 * Int(min(count, 5000)))), "a verify frame of")
+        }
+        try expectBad(round + verify(2, 2, sum(0)), "a verify frame of 2 pages has 4 bytes")
+        try expectBad(round + verify(2, 1, sum(0) + [0]), "a verify frame of 1 pages has 5 bytes")
+        try expectBad(round + frame(FrameHeader(.verify, count: 1, payloadBytes: .max)), "a verify frame of")
+        try expectBad(round + verify(2, 1, sum(0), crc: 1), "checksum")
+        // No more than all pages, before a round's end, within a round; and nothing is named after them.
+        let whole = verify(0, 64, [UInt8](repeating: 0, count: 256))
+        for wrong in [verify(3, 1, sum(6)), verify(2, 2, sum(7) + sum(0)), whole] {
+            let (error, place) = try feed(round + wrong + end)
+            guard case .notVerified = error else {
+                Issue.record("wrong checksums were taken: \(String(describing: error))")
+                continue
+            }
+            #expect(!place.runs)
+        }
+        try expectBad(hello + right, "a verify frame came in the memory phase")
+        try expectBad(hello + pages(3, 1) + right, "a verify frame came in the memory phase, within a round")
+        let again = (0..<97).reduce(into: round) { bytes, _ in bytes += right }
+        try expectBad(again, "more pages than the machine has")
+        for late in [pages(3, 1), frame(FrameHeader(.zero, pages: 3..<4)), frame(FrameHeader(.discard, pages: 3..<4)),
+            honest(.roundEnd, count: 2)]
+        {
+            try expectBad(round + right + late, "after checksums")
+        }
+        try expectBad(round + honest(.state, count: 1, [65]) + right, "a verify frame came in the state phase")
+    }
+
     @Test func aRoundNamesNoPageTwice() throws {
         let mark = frame(FrameHeader(.zero, pages: 0..<64))
         try expectBad(hello + mark + mark + mark + mark, "more pages than the machine has")

@@ -55,9 +55,9 @@ private struct Fault {
             "backward:mid:ready:1", "backward:after:ready:1", "forward:before:pages:1", "forward:mid:pages:1",
             "forward:after:pages:1", "forward:mid:pages:20", "forward:before:zero:1", "forward:mid:zero:1",
             "forward:before:discard:1", "forward:after:discard:1", "forward:before:roundEnd:1", "forward:after:roundEnd:1",
-            "forward:mid:roundEnd:2", "forward:before:verify:1", "forward:mid:verify:1", "forward:before:state:1", "forward:mid:state:2", "forward:after:state:2",
-            "forward:before:stateEnd:1", "forward:mid:stateEnd:1", "forward:after:stateEnd:1", "backward:before:loaded:1",
-            "backward:mid:loaded:1",
+            "forward:mid:roundEnd:2", "forward:before:verify:1", "forward:mid:verify:1", "forward:before:state:1",
+            "forward:mid:state:2", "forward:after:state:2", "forward:before:stateEnd:1", "forward:mid:stateEnd:1",
+            "forward:after:stateEnd:1", "backward:before:loaded:1", "backward:mid:loaded:1",
         ].map { Fault(.cut, $0, .source) }
 
     static let commits = [
@@ -146,7 +146,7 @@ private func suffer(_ stage: Stage, _ faults: [Fault], randomBytes: Int) throws(
 
 /// Narrow, so that there are several rounds, and pages sent in one are free in the next.
 private let migrationFlags = [
-    "--skip-free-pages", "--hint-timeout", "5000", "--downtime", "20", "--bandwidth", "60M", "--max-rounds", "8", "--verify",
+    "--skip-free-pages", "--hint-timeout", "5000", "--downtime", "20", "--bandwidth", "60M", "--max-rounds", "3", "--verify",
 ]
 
 /// A migration under way through a relay.

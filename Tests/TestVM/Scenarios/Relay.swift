@@ -16,15 +16,20 @@ struct StreamPlace: Sendable {
         case frame(Edge, FrameType, Int)
     }
     let isForward: Bool
+    /// From 1, in the order in which they come.
+    let connection: Int
     private let kind: Kind
 
     /// Nil if the text is no place.
     init?(parsing text: String) {
-        let words = text.split(separator: ":").map(String.init)
         guard text != "none" else {
-            (isForward, kind) = (true, .none)
+            (isForward, connection, kind) = (true, 1, .none)
             return
         }
+        let parts = text.split(separator: "/", maxSplits: 1)
+        guard let last = parts.last, let number = parts.count == 2 ? Int(parts[0]) : 1 else { return nil }
+        connection = number
+        let words = last.split(separator: ":").map(String.init)
         guard words.count >= 3, words[0] == "forward" || words[0] == "backward" else { return nil }
         isForward = words[0] == "forward"
         if words.count == 3, words[1] == "byte", let byte = UInt64(words[2]) {
@@ -172,32 +177,45 @@ enum Relay {
         // The target first: who can connect here has somebody to talk to.
         let far = unixSocket(target) { connect($0, $1, $2) }
         let listener = unixSocket(listen) { bind($0, $1, $2) }
-        guard CLinux.listen(listener, 1) == 0 else { end("cannot listen on \(listen)") }
+        guard CLinux.listen(listener, 16) == 0 else { end("cannot listen on \(listen)") }
         say("RELAY listens")
-        let near = lacuna_accept(listener)
-        guard near >= 0 else { end("accept: errno \(errno)") }
-        let forward = Lane(from: near, to: far, place: place.isForward ? place : nil)
-        let backward = Lane(from: far, to: near, place: place.isForward ? nil : place)
-        let lanes = [forward, backward]
-        while lanes.contains(where: \.isOpen) {
+        // One target is there for the first; the others are reached for as they come.
+        var free: Int32? = far
+        var lines: [(forward: Lane, backward: Lane)] = []
+        func isStanding() -> Bool { lines.contains { $0.forward.stands || $0.backward.stands } }
+        while lines.isEmpty || lines.contains(where: { $0.forward.isOpen || $0.backward.isOpen }) {
+            let lanes = lines.flatMap { [$0.forward, $0.backward] }
             var polled = lanes.map { pollfd(fd: $0.isOpen ? $0.from : -1, events: Int16(POLLIN), revents: 0) }
-            if poll(&polled, 2, -1) < 0 { continue }
-            for (lane, entry) in zip(lanes, polled) where entry.revents != 0 && !lanes.contains(where: \.stands) {
-                lane.carry()
+            polled.append(pollfd(fd: listener, events: Int16(POLLIN), revents: 0))
+            if poll(&polled, nfds_t(polled.count), -1) < 0 { continue }
+            if polled.last!.revents != 0 {
+                let near = lacuna_accept(listener)
+                guard near >= 0 else { end("accept: errno \(errno)") }
+                let far = free ?? unixSocket(target) { connect($0, $1, $2) }
+                free = nil
+                let here = lines.count + 1 == place.connection ? place : nil
+                lines.append((
+                    Lane(from: near, to: far, place: here.flatMap { $0.isForward ? $0 : nil }),
+                    Lane(from: far, to: near, place: here.flatMap { $0.isForward ? nil : $0 })
+                ))
             }
-            guard lanes.contains(where: \.stands) else { continue }
+            for (lane, entry) in zip(lanes, polled) where entry.revents != 0 && !isStanding() { lane.carry() }
+            guard isStanding() else { continue }
+            let (forward, backward) = lines[place.connection - 1]
             say("RELAY stands after \(forward.passed) bytes forward and \(backward.passed) backward")
             switch action {
             case .cut: exit(0)
             case .hold:
-                waitForEnd(of: [near, far])
+                waitForEnd(of: lines.flatMap { [$0.forward.from, $0.backward.from] })
                 exit(0)
             case .late:
-                waitForEnd(of: [near])
-                lanes.forEach { $0.goOn() }
+                waitForEnd(of: [forward.from])
+                for lane in lines.flatMap({ [$0.forward, $0.backward] }) { lane.goOn() }
             }
         }
-        say("RELAY passed forward \(forward.passed) bytes: \(forward.summary); backward \(backward.passed): \(backward.summary)")
+        for (forward, backward) in lines {
+            say("RELAY passed forward \(forward.passed) bytes: \(forward.summary); backward \(backward.passed): \(backward.summary)")
+        }
         exit(0)
     }
 
