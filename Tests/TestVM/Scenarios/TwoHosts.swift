@@ -10,6 +10,10 @@ let twoHostScenarios: [Scenario] = [
         modules: ["veth", "sch_netem"]
     ) { stage throws(Failure) in try backAndForth(stage, flags: ["--max-rounds", "10"]) },
     Scenario(
+        name: "two-hosts-tcp-4", memory: 2560, limit: 600, isQuick: false, programs: ["ip", "tc"],
+        modules: ["veth", "sch_netem"]
+    ) { stage throws(Failure) in try backAndForth(stage, flags: ["--max-rounds", "10", "--connections", "4"]) },
+    Scenario(
         name: "two-hosts-ssh", memory: 2560, limit: 600, isQuick: false, programs: ["ip", "tc", "ssh", "sshd", "ssh-keygen"],
         modules: ["veth", "sch_netem"]
     ) { stage throws(Failure) in try overSSH(stage) },
