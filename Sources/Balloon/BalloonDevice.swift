@@ -80,8 +80,8 @@ public final class BalloonDevice: VirtioDevice {
     /// Pages that go back to the host only together.
     let releaseUnit: Int
     let monitor: Monitor<State>
-    private let features: UInt64
-    private let log: @Sendable (String) -> Void
+    let features: UInt64
+    let log: @Sendable (String) -> Void
 
     /// - Parameters:
     ///   - features: the balloon's features to offer, of `BalloonFeature`.

@@ -33,6 +33,7 @@ struct PageLists {
         for index in 0..<min(ram.wordCount, other.inflated.wordCount) {
             inflated.store(other.inflated.word(index) & ram.word(index), inWord: index)
         }
+        count = inflated.population
     }
 
     /// Takes one chain of 32-bit page frame numbers.

@@ -78,6 +78,12 @@ struct StatisticsQueue {
 
     init() {}
 
+    /// Takes the figures over, and the wish for new ones, but not the buffer.
+    mutating func forgetBuffer(from other: StatisticsQueue) {
+        latest = other.latest
+        isWanted = other.isWanted
+    }
+
     /// Untrusted. Whether the buffer is one of the queue's is for the queue to check when it is given back.
     init(from decoder: inout StateDecoder) throws(StateError) {
         let hasBuffer = try decoder.takeBool(), token = try BufferToken(from: &decoder)

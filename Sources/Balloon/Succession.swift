@@ -2,20 +2,28 @@
 public import GuestMemory
 
 extension BalloonDevice {
-    /// A device for the guest of `old`, over another view of its memory or for the time after a pause: the target, the
-    /// configuration, the counters and the sequence of requests go on; queues, features and windows do not.
+    /// A device for the guest of `old`, over another view of its memory or for the time after a pause: what the host
+    /// set, the configuration, the counters and the sequence of requests go on; queues, negotiated features and windows
+    /// do not. A buffer of statistics that `old` keeps is not taken along: its queue has to begin where the used ring
+    /// ends.
     ///
     /// - Parameter keepingPages: the driver goes on, too, so that the pages of the balloon are still in it. If it may
     ///   have been reset meanwhile they must not count as given up any more (rule W5).
     public convenience init(memory: GuestMemory, succeeding old: BalloonDevice, keepingPages: Bool) {
-        self.init(memory: memory)
+        self.init(memory: memory, features: old.features, log: old.log)
         let previous = old.monitor.withLock { $0 }
         monitor.withLock { state in
             state.target = previous.target
             state.actual = previous.actual
             state.poison = previous.poison
             state.nextRequest = previous.nextRequest
+            // A driver that holds hinted pages is told DONE when it looks next: the request it knows is over.
+            state.hasHints = false
+            state.hintCommand = previous.hasHints ? Self.done : previous.hintCommand
+            state.statistics.forgetBuffer(from: previous.statistics)
+            state.statisticsInterval = previous.statisticsInterval
             state.counters = previous.counters
+            state.complaints = previous.complaints
             if keepingPages { state.lists = PageLists(previous.lists, within: ram) }
         }
     }
@@ -26,6 +34,14 @@ extension BalloonDevice {
         monitor.withLock { state in
             guard let window = state.window, window.request == request else { return false }
             if case .over = window.stage { return false }
+            return true
+        }
+    }
+
+    /// Whether the whole report that answers `request` is there, so that `waitForReport` hands it over at once.
+    public func isReportComplete(_ request: UInt32) -> Bool {
+        monitor.withLock { state in
+            guard let window = state.window, window.request == request, case .complete = window.stage else { return false }
             return true
         }
     }

@@ -319,7 +319,11 @@ public func trackingDisarmed(_ device: UInt64) -> Int32 {
     call { () throws(PluginError) in
         let device = try devices.find(device)
         device.tracking.withLock { $0.isArmed = false }
-        try device.gate.reading { device.endWindow() }
+        try device.gate.reading {
+            device.endWindow()
+            // A driver that hints may have its pages back.
+            device.balloon.releaseHints()
+        }
     }
 }
 

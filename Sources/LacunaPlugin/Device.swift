@@ -46,7 +46,7 @@ final class PluginDevice: @unchecked Sendable {
         self.limit = limit
         featureMask = features == 0 ? .max : features | VirtioFeature.version1
         memory = try Self.standIn()
-        balloon = BalloonDevice(memory: memory)
+        balloon = BalloonDevice(memory: memory) { host.log(LACUNA_LOG_WARNING, $0) }
         let count = balloon.queueSizes.count
         queues = Array(repeating: nil, count: count)
         live = Array(repeating: nil, count: count)
@@ -89,6 +89,8 @@ final class PluginDevice: @unchecked Sendable {
             guard let queue = live[index] else { continue }
             queue.disable()
             queues[index] = queue.state
+            // A buffer that was taken and not given back, that of the statistics, is taken again: served in order.
+            queues[index]?.nextAvailable = queue.state.nextUsed
             live[index] = nil
         }
         epoch.add(1, ordering: .sequentiallyConsistent)

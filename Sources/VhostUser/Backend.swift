@@ -38,7 +38,7 @@ final class Backend {
         self.addressLimit = addressLimit
         complain = RateLimitedLog(sink)
         memory = try Self.standIn()
-        device = BalloonDevice(memory: memory)
+        device = BalloonDevice(memory: memory, log: sink)
         rings = Array(repeating: Ring(), count: device.queueSizes.count)
     }
 

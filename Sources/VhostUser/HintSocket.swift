@@ -19,6 +19,10 @@ final class HintServer {
         case close = 4
         case statistics = 5
         case setTarget = 6
+        /// The migration is over, however it ended.
+        case finish = 7
+        /// Asks the guest for its statistics.
+        case poll = 8
     }
 
     enum Status: UInt32 {
@@ -42,6 +46,8 @@ final class HintServer {
         let socket: OwnedDescriptor
         /// The window it opened, of this device. The device is another one after a reset.
         var window: (request: UInt32, device: BalloonDevice)?
+        /// The device that it asked and that was not told yet that this is over.
+        var asked: BalloonDevice?
         /// Until when it waits.
         var deadline: Int64?
         init(_ socket: OwnedDescriptor) { self.socket = socket }
@@ -77,7 +83,7 @@ final class HintServer {
         guard let known = Command(rawValue: command) else {
             return answer(client, command, .malformed, 0, text: "there is no command \(command)")
         }
-        guard client.deadline == nil || known == .close else {
+        guard client.deadline == nil || known == .close || known == .finish else {
             return answer(client, command, .malformed, 0, text: "a wait is going on")
         }
         obey(known, argument, request, client, backend)
@@ -99,6 +105,7 @@ final class HintServer {
             if let refusal = backend.refusal { return answer(client, code, .refused, 0, text: refusal) }
             let opened = backend.device.openWindow()
             client.window = (opened, backend.device)
+            client.asked = backend.device
             answer(client, code, .ok, UInt64(opened))
         case .wait:
             guard let window = client.window, UInt64(window.request) == request else {
@@ -115,6 +122,13 @@ final class HintServer {
         case .setTarget:
             backend.device.setTarget(pages: argument)
             answer(client, code, .ok, 0)
+        case .finish:
+            client.deadline = nil
+            finish(client)
+            answer(client, code, .ok, 0)
+        case .poll:
+            answer(client, code, .ok, 0)
+            _ = backend.device.requestStatistics()
         }
     }
 
@@ -126,7 +140,10 @@ final class HintServer {
     private func progress(_ client: Client, _ backend: Backend) {
         guard let deadline = client.deadline, let window = client.window else { return }
         let code = Command.wait.rawValue, request = UInt64(window.request)
-        if let report = window.device === backend.device ? window.device.waitForReport(window.request, milliseconds: 0) : nil {
+        // Free page hints have no end that would have to come: at the deadline those that are there are a report.
+        let isDue = window.device === backend.device
+            && (window.device.isReportComplete(window.request) || monotonicMilliseconds() >= deadline)
+        if let report = isDue ? window.device.waitForReport(window.request, milliseconds: 0) : nil {
             client.deadline = nil
             guard let file = Self.sealedFile(report.pages) else {
                 return answer(client, code, .internalError, request, text: "no file for the bitmap: \(errorText())")
@@ -161,8 +178,15 @@ final class HintServer {
         client.window = nil
     }
 
+    /// A driver that hints may have its pages back.
+    private func finish(_ client: Client) {
+        client.window = nil
+        client.asked?.releaseHints()
+        client.asked = nil
+    }
+
     private func remove(_ client: Client) {
-        closeWindow(client)
+        finish(client)
         clients.removeAll { $0 === client }
     }
 
@@ -217,9 +241,15 @@ final class HintServer {
             counters.listedPagesNotRAM, counters.malformedLists, counters.requests, counters.reportChains,
             counters.reportsCompleted, counters.reportsFailed, counters.reportsVoid, counters.staleChains,
             counters.lateChains, counters.malformedReportChains, counters.reportedPagesNotRAM, counters.brokenQueues,
+            counters.releasedPages, counters.reportedFreePages, counters.hintedPages, counters.statisticsBuffers,
         ]
         var body: [UInt8] = []
         for value in values { body.put(value) }
+        // The guest's own statistics: how many, when, and then by their tags.
+        let statistics = backend.device.status.statistics
+        body.put(statistics?.number ?? 0)
+        body.put(statistics?.time ?? 0)
+        for tag in StatisticTag.allCases { body.put(statistics?.values[tag] ?? .max) }
         return body
     }
 }

@@ -38,7 +38,7 @@ let help = """
 
     The balloon device for another VMM (vhost-user), and its hints:
       vhost-user  --socket PATH [--hint-socket PATH] [--target SIZE] [--user NAME] [--address-limit SIZE]
-      hints status|request|target  --hint-socket PATH [--timeout MS] [--size SIZE]
+      hints status|poll|request|target  --hint-socket PATH [--timeout MS] [--size SIZE]
 
     Measure:
       bench    dirty dirty-log|first-dirty|harvest|ping-pong [--memory SIZE] [--json FILE] [--plain] [--check]; the

@@ -31,6 +31,7 @@ enum HintsCommand {
         var frames: UInt64 = 0
         var ramPages: UInt64 = 0
         var counters: [String: UInt64] = [:]
+        var guest: [String: UInt64] = [:]
     }
 
     /// In the order of the protocol.
@@ -38,12 +39,19 @@ enum HintsCommand {
         "actualPages", "messages", "refusedMessages", "frontEnds", "inflateChains", "deflateChains", "inflatedPages",
         "deflatedPages", "listedPagesNotRAM", "malformedLists", "requests", "reportChains", "reportsCompleted",
         "reportsFailed", "reportsVoid", "staleChains", "lateChains", "malformedReportChains", "reportedPagesNotRAM",
-        "brokenQueues",
+        "brokenQueues", "releasedPages", "reportedFreePages", "hintedPages", "statisticsBuffers", "guestStatistics",
+        "guestStatisticsTime",
+    ]
+    /// Statistics of the guest's, after those; 2^64 - 1: it did not tell.
+    private static let tags = [
+        "swapIn", "swapOut", "majorFaults", "minorFaults", "free", "total", "available", "caches",
+        "hugePageAllocations", "hugePageFailures", "oomKills", "allocationStalls", "asyncScans", "directScans",
+        "asyncReclaims", "directReclaims",
     ]
 
     static func run(_ words: ArraySlice<String>) throws(Complaint) {
         guard let action = words.first, !action.hasPrefix("--") else {
-            throw .usage("hints needs an action: status, request or target")
+            throw .usage("hints needs an action: status, poll, request or target")
         }
         let arguments = try Arguments(words.dropFirst(), options: ["hint-socket", "timeout", "size"], flags: [])
         let socket = try connect(try arguments.required("hint-socket"))
@@ -53,7 +61,12 @@ enum HintsCommand {
             let hello = try done(try ask(socket, 1)), counters = try done(try ask(socket, 5))
             var statistics = Statistics(frames: hello.word(0), ramPages: hello.word(1))
             for (index, name) in names.enumerated() { statistics.counters[name] = counters.word(index) }
+            for (index, name) in tags.enumerated() {
+                let value = counters.word(names.count + index)
+                if value != .max { statistics.guest[name] = value }
+            }
             write(JSON.pretty(statistics), to: 1)
+        case "poll": _ = try done(try ask(socket, 8))
         case "target":
             guard let size = try arguments.size("size"), let pages = UInt32(exactly: size / 4096) else {
                 throw .usage("hints target needs --size, at most 16T")
@@ -80,7 +93,7 @@ enum HintsCommand {
                         freePages: counted, bitmapBytes: report.word(0) / 8, sealed: seals & 0xf == 0xf,
                         microseconds: Double(end - start) / 1000, walkNanoseconds: hasFigures ? report.word(5) : nil,
                         blocks: hasFigures ? report.word(3) : nil)), to: 1)
-        default: throw .usage("hints has no action '\(action)'; there are status, request and target")
+        default: throw .usage("hints has no action '\(action)'; there are status, poll, request and target")
         }
     }
 
