@@ -11,6 +11,8 @@ struct Scenario: Sendable {
     /// Programs of the machine that builds and modules of its kernel's tree that it needs there (`bed --program`,
     /// `bed --module`).
     var programs: [String] = [], modules: [String] = []
+    /// It measures time, so nothing else is to run beside it.
+    var isAlone = false
     let body: @Sendable (Stage) throws(Failure) -> Void
 }
 
