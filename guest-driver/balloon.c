@@ -220,7 +220,8 @@ static void lacuna_size_work(struct work_struct *work)
 	unsigned int done;
 	s64 distance;
 
-	if (READ_ONCE(vb->stopping))
+	if (READ_ONCE(vb->stopping) ||
+	    virtqueue_is_broken(vb->vqs[LACUNA_VQ_INFLATE]))
 		return;
 	distance = lacuna_distance(vb);
 	if (!distance)

@@ -5,6 +5,7 @@
  */
 #include <linux/mm.h>
 #include <linux/mmzone.h>
+#include <linux/module.h>
 #include <linux/nodemask.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
@@ -14,9 +15,19 @@
 /* Failing is cheap, the report just says less: do not try too hard. */
 #define LACUNA_BITMAP_GFP	(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN)
 
+#ifdef LACUNA_TEST_WALK
+static bool no_memory;
+module_param(no_memory, bool, 0644);
+MODULE_PARM_DESC(no_memory, "Test builds: there is no memory for the bitmap");
+#endif
+
 /* Headers have memory of their own because the device reads them. */
 static int lacuna_make_chunk(struct lacuna_balloon *vb, unsigned long i)
 {
+#ifdef LACUNA_TEST_WALK
+	if (no_memory)
+		return -ENOMEM;
+#endif
 	if (!vb->hdrs[i])
 		vb->hdrs[i] = kzalloc(sizeof(*vb->hdrs[i]), LACUNA_BITMAP_GFP);
 	if (!vb->hdrs[i])

@@ -19,7 +19,7 @@
  * they stay as they are, so a series that was not looked at is refused.
  */
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
-#error "lacuna_balloon has not been checked against this kernel series, see compat.h"
+#error "lacuna_balloon has not been checked against this kernel series"
 #endif
 
 /*

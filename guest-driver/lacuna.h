@@ -129,6 +129,7 @@ struct lacuna_balloon {
 
 	/* Statistics (stats.c); the work's own. */
 	struct work_struct stats_work;
+	bool stats_due;				/* with no buffer used */
 	struct virtio_balloon_stat stats[VIRTIO_BALLOON_S_NR];
 
 	/* Free page reporting (stats.c); page_reporting's work calls. */

@@ -103,8 +103,10 @@ static void lacuna_stats_work(struct work_struct *work)
 
 	if (READ_ONCE(vb->stopping))
 		return;
-	if (virtqueue_get_buf(vb->vqs[LACUNA_VQ_STATS], &len))
+	if (virtqueue_get_buf(vb->vqs[LACUNA_VQ_STATS], &len) ||
+	    vb->stats_due)
 		lacuna_send_stats(vb);
+	vb->stats_due = false;
 }
 
 /* Interrupt context. */
@@ -123,11 +125,13 @@ void lacuna_stats_init(struct lacuna_balloon *vb)
 	INIT_WORK(&vb->stats_work, lacuna_stats_work);
 }
 
-/* Give the device its first buffer; nothing else uses the queue yet. */
+/* Give the device its first buffer. */
 void lacuna_stats_start(struct lacuna_balloon *vb)
 {
-	if (vb->vqs[LACUNA_VQ_STATS])
-		lacuna_send_stats(vb);
+	if (!vb->vqs[LACUNA_VQ_STATS])
+		return;
+	vb->stats_due = true;
+	queue_work(vb->wq, &vb->stats_work);
 }
 
 /* ---- free page reporting ---- */

@@ -27,6 +27,7 @@ let scenarios = [
     trackerScenarios,
     roughScenarios,
     connectionScenarios,
+    guestDriverScenarios,
 ].flatMap(\.self)
 
 /// The whole chain, end to end.

@@ -101,6 +101,11 @@ static inline void set_config_u32(struct test_device *t, unsigned int offset,
 	*(__le32 *)(t->config + offset) = cpu_to_le32(value);
 }
 
+/* device.c */
+void use_buffer(struct test_queue *q, u16 head);
+void reset_device(struct virtio_device *vdev);
+int plug_device(void);
+
 /* memory.c */
 void memory_release(void);
 

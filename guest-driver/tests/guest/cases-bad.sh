@@ -21,6 +21,23 @@ case_small_rings()
 	done
 }
 
+# No memory for the bitmap: an answer all the same, and the next one is whole.
+case_no_memory()
+{
+	expect_log 'no memory, an empty report'
+	expect_log "no memory for [0-9]* of the bitmap's chunks"
+	load_device
+	load_test_driver no_memory=1
+	ask 2
+	[ "$(value flags "$report")" = 7 ] && [ "$(value pages "$report")" = 0 ] ||
+		fail "$report"
+	[ "$(figure failed_requests)" = 1 ] || fail "not counted"
+	echo 0 > /sys/module/lacuna_balloon/parameters/no_memory
+	ask 3
+	[ "$(value flags "$report")" = 2 ] || fail "$report"
+	check_complete
+}
+
 case_no_queue()
 {
 	expect_log 'offers bitmaps and has no queue for them'

@@ -32,8 +32,9 @@ case_oom()
 	want=$(($(meminfo MemAvailable) / 4 * 8 / 10))
 	inflate $want 120
 	[ "$(meminfo MemTotal)" = $total ] || fail "MemTotal changed"
-	# A third of what the balloon took.
-	dd if=/dev/zero of=/tmp/fill bs=1M count=$((want / 256 / 3)) \
+	# What is left, and a third of what the balloon took.
+	dd if=/dev/zero of=/tmp/fill bs=1M \
+		count=$((($(meminfo MemFree) + want * 4 / 3) / 1024)) \
 		2>/dev/null || fail "dd"
 	left=$(($(vmstat balloon_inflate) - $(vmstat balloon_deflate)))
 	[ "$(vmstat oom_kill)" = "$killed" ] || fail "somebody was killed"

@@ -72,13 +72,15 @@ vmstat()
 	sed -n "s/^$1 //p" /proc/vmstat
 }
 
-# What is free once all that is freed late is freed.
+# What is free once all that is freed late is freed, in KiB: what the CPUs hold
+# back comes and goes, and is free as well.
 settled_free()
 {
 	most=0
 	for sample in 1 2 3 4 5 6 7 8 9 10; do
 		usleep 200000
-		free=$(meminfo MemFree)
+		free=$(awk '$1 == "nr_free_pages" || $1 == "count:" { n += $2 }
+			END { print n * 4 }' /proc/zoneinfo)
 		[ "$free" -le $most ] || most=$free
 	done
 	echo $most
@@ -172,10 +174,11 @@ inflate()
 		fail "balloon: $(cat $params/target)"
 }
 
-# Its greeting may have been echoed before that was off: until it makes sense.
+# Part of its greeting may have been echoed before that was off; a byte of all
+# ones makes it forget what it was in the middle of.
 monitor_ready()
 {
-	printf '\n{"execute": "qmp_capabilities"}\n' > /dev/ttyS1
+	printf '\377\n{"execute": "qmp_capabilities"}\n' > /dev/ttyS1
 	usleep 200000
 	grep -q -e '"return": {}' -e 'Capabilities negotiation is already' \
 		/tmp/monitor
