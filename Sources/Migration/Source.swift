@@ -406,7 +406,7 @@ final class SourceRun {
         report.outcome = .unknown
         report.outcomeReason =
             "the destination was told to take the guest and did not say whether it did (\(why)); look there, and resume "
-            + "the guest here only if it does not run there"
+            + "the guest here only once the destination has ended without it"
     }
 
     /// Takes the migration back; returns the error for the caller.

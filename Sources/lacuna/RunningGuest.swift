@@ -238,7 +238,7 @@ final class RunningGuest: Sendable {
             machine.end(.migrated)
         case .unknown:
             let reason =
-                "paused: whether the guest runs at \(place) is unknown (\(report.outcomeReason ?? "no answer")); look there, and resume here only if it does not"
+                "paused: whether the guest runs at \(place) is unknown (\(report.outcomeReason ?? "no answer")); look there, and resume here only once the destination has ended without it"
             state.withLock { $0.reason = reason }
             peer.send(JSON.line(ControlReply(error: reason, report: report)))
         }
