@@ -131,6 +131,31 @@ internal import CLinux
 
     // MARK: At the same time as others
 
+    /// Sets the bits of `pages` while others may do this and `clearOwn` to pages of other words. Whoever searches or
+    /// merges has to wait until they are done.
+    public func setOwn(_ pages: Range<Int>) {
+        precondition(pages.lowerBound >= 0 && pages.upperBound <= bitCount)
+        if pages.isEmpty { return }
+        unsafe lacuna_set_range(storage, pages.lowerBound, pages.upperBound)
+        let first = pages.lowerBound >> 6, last = (pages.upperBound - 1) >> 6
+        for block in first >> 6...last >> 6 {
+            var marks = ~UInt64(0)
+            if block == first >> 6 { marks &= ~0 << UInt64(first & 63) }
+            if block == last >> 6 { marks &= ~0 >> UInt64(63 - last & 63) }
+            // The marks of 64 words, some of which are others': a lost one would hide bits from every search.
+            if unsafe lacuna_load_64(summary + block) & marks != marks {
+                unsafe _ = lacuna_fetch_or_64(summary + block, marks)
+            }
+        }
+    }
+
+    /// Clears the bits of `pages`, side by side with others as `setOwn`. The summary keeps its marks.
+    public func clearOwn(_ pages: Range<Int>) {
+        precondition(pages.lowerBound >= 0 && pages.upperBound <= bitCount)
+        if pages.isEmpty { return }
+        unsafe lacuna_clear_range(storage, pages.lowerBound, pages.upperBound)
+    }
+
     /// Sets one bit while others may set or take bits of the same word.
     public func atomicSet(_ page: Int) {
         precondition(page >= 0 && page < bitCount)

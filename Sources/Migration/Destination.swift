@@ -300,7 +300,7 @@ final class ReceivedMemory: Sendable {
         guard let pages = header.pages(in: memory),
             let host = memory.hostPointer(GuestAddress(header.address), bytes: pages.count * pageSize)
         else { throw .badStream("pages outside RAM") }
-        touched.set(pages)
+        touched.setOwn(pages)
         try reader.payload(to: host, bytes: pages.count * pageSize, idleMilliseconds: idleMilliseconds)
         do { try guest.received(pages: pages) } catch { throw .machineFailed(doing: "storing memory", why: error.what) }
         return pages.count
@@ -330,7 +330,7 @@ final class ReceivedMemory: Sendable {
             do { try guest.dropped(pages: first..<end) } catch {
                 throw .machineFailed(doing: "dropping pages", why: error.what)
             }
-            touched.clear(first..<end)
+            touched.clearOwn(first..<end)
             page = end
         }
         return pages.count

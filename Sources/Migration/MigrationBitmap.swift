@@ -178,13 +178,13 @@ final class ToldPages: Sendable {
 
     /// To be called when data of `run` goes into the stream.
     func sentData(_ run: Range<Int>) {
-        held.set(run)
-        passedOver.clear(run)
+        held.setOwn(run)
+        passedOver.clearOwn(run)
     }
     /// To be called when a zero mark for `run` goes into the stream.
     func sentZero(_ run: Range<Int>) {
-        held.clear(run)
-        passedOver.clear(run)
+        held.clearOwn(run)
+        passedOver.clearOwn(run)
     }
 }
 

@@ -20,8 +20,10 @@ import Testing
             let value = random.next() & random.next() & random.next()
             func pagesOf(_ word: UInt64) -> [Int] { (0..<64).filter { word >> UInt64($0) & 1 == 1 }.map { index * 64 + $0 } }
             switch Int.random(in: 0..<16, using: &random) {
-            case 0, 1: map.set(pages); bits.formUnion(pages)
-            case 2, 3: map.clear(pages); bits.subtract(pages)
+            case 0: map.set(pages); bits.formUnion(pages)
+            case 1: map.setOwn(pages); bits.formUnion(pages)
+            case 2: map.clear(pages); bits.subtract(pages)
+            case 3: map.clearOwn(pages); bits.subtract(pages)
             case 4: map.merge(value, intoWord: index); bits.formUnion(pagesOf(value))
             case 5:
                 map.store(value, inWord: index)
@@ -65,6 +67,33 @@ import Testing
                 end = run.upperBound
             }
             #expect(seen == bits)
+        }
+    }
+
+    /// Two threads with words of their own, whose marks lie side by side in the summary: none may be lost.
+    @Test func ownersOfWordsDoNotDisturbEachOther() {
+        let map = PageBitmap(bitCount: 1 << 20)
+        for turn in 0..<40 {
+            let threads = (0..<2).map { number in
+                HostThread {
+                    for word in stride(from: number * 4, to: map.wordCount, by: 8) {
+                        let pages = word * 64..<word * 64 + 256
+                        map.setOwn(pages)
+                        map.clearOwn(pages.lowerBound..<pages.lowerBound + 64)
+                    }
+                }
+            }
+            for thread in threads { thread.join() }
+            // Found by a search, which goes by the marks.
+            #expect(map.population == 3 << 18)
+            var found = 0, next = map.firstWord
+            while let index = next {
+                found += 1
+                next = map.nextWord(from: index + 1)
+            }
+            #expect(found == 3 * map.wordCount / 4, "turn \(turn)")
+            map.clearAll()
+            #expect(map.firstWord == nil)
         }
     }
 
