@@ -8,17 +8,6 @@ void lacuna_copy(void *to, const void *from, size_t bytes) {
     __asm__ volatile("" : : "r"(to), "r"(from) : "memory");
 }
 
-bool lacuna_is_zero(const void *p, size_t bytes) {
-    const uint64_t *word = p, *end = word + bytes / 8;
-    // Most pages that are not zero differ early: one cache line decides before the vector loop starts.
-    for (; word < end; word += 8) {
-        uint64_t any = word[0] | word[1] | word[2] | word[3] | word[4] | word[5] | word[6] | word[7];
-        if (any)
-            return false;
-    }
-    return true;
-}
-
 __attribute__((target("sse4.2"))) static uint32_t crc32c_hardware(uint32_t crc, const uint8_t *p, size_t bytes) {
     uint64_t sum = crc;
     for (; bytes >= 8; p += 8, bytes -= 8) {
@@ -42,18 +31,6 @@ size_t lacuna_popcount(const uint64_t *words, size_t count) {
     for (size_t i = 0; i < count; i++)
         bits += (size_t)__builtin_popcountll(words[i]);
     return bits;
-}
-
-size_t lacuna_and_not(uint64_t *target, const uint64_t *mask, size_t words) {
-    size_t cleared = 0;
-    for (size_t i = 0; i < words; i++) {
-        uint64_t both = target[i] & mask[i];
-        if (both) {
-            cleared += (size_t)__builtin_popcountll(both);
-            target[i] ^= both;
-        }
-    }
-    return cleared;
 }
 
 _Static_assert(lacuna_SEEK_DATA == SEEK_DATA && lacuna_SEEK_HOLE == SEEK_HOLE, "values of <unistd.h>");

@@ -116,10 +116,53 @@ internal import CLinux
     public func subtract(_ other: PageBitmap) -> Int {
         precondition(other.wordCount == wordCount)
         var count = 0
-        for block in 0..<summaryCount where unsafe summary[block] & other.summary[block] != 0 {
-            count += unsafe lacuna_and_not(storage + block << 6, other.storage + block << 6, wordsInBlock(block))
+        forWords(ofBlocks: { unsafe summary[$0] & other.summary[$0] }) { first, words in
+            count += unsafe lacuna_and_not(storage + first, other.storage + first, words)
         }
         return count
+    }
+
+    /// Sets every bit that both `a` and `b` have set. All must have the same size. O(words that both may have set).
+    public func formUnion(ofIntersection a: PageBitmap, _ b: PageBitmap) {
+        precondition(a.wordCount == wordCount && b.wordCount == wordCount)
+        forWords(ofBlocks: { unsafe a.summary[$0] & b.summary[$0] }) { first, words in
+            unsafe lacuna_or_and(storage + first, a.storage + first, b.storage + first, words)
+            for block in first >> 6..<(first + words + 63) >> 6 {
+                unsafe summary[block] |= a.summary[block] & b.summary[block]
+            }
+        }
+    }
+
+    /// Clears every bit that both `a` and `b` have set too; returns those, or nil if there are none. All must have the
+    /// same size. O(words that all three may have set).
+    public func take(inIntersection a: PageBitmap, _ b: PageBitmap) -> PageBitmap? {
+        precondition(a.wordCount == wordCount && b.wordCount == wordCount)
+        var taken: PageBitmap?
+        forWords(ofBlocks: { unsafe summary[$0] & a.summary[$0] & b.summary[$0] }) { first, words in
+            let into = taken ?? PageBitmap(bitCount: bitCount)
+            let any = unsafe lacuna_take_and(
+                storage + first, a.storage + first, b.storage + first, into.storage + first, words)
+            guard any else { return }
+            for block in first >> 6..<(first + words + 63) >> 6 {
+                unsafe into.summary[block] = summary[block] & a.summary[block] & b.summary[block]
+            }
+            taken = into
+        }
+        return taken
+    }
+
+    /// Calls `body` with the words of each stretch of blocks for which `marks` is not zero.
+    private func forWords(ofBlocks marks: (_ block: Int) -> UInt64, _ body: (_ first: Int, _ count: Int) -> Void) {
+        var block = 0
+        while block < summaryCount {
+            guard marks(block) != 0 else {
+                block += 1
+                continue
+            }
+            let first = block
+            while block < summaryCount, marks(block) != 0 { block += 1 }
+            body(first << 6, min(block << 6, wordCount) - first << 6)
+        }
     }
 
     /// The words as bytes, for a system call or a vector loop. Not for keeping. The summary is made anew afterwards, at

@@ -300,6 +300,8 @@ final class ReceivedMemory: Sendable {
         guard let pages = header.pages(in: memory),
             let host = memory.hostPointer(GuestAddress(header.address), bytes: pages.count * pageSize)
         else { throw .badStream("pages outside RAM") }
+        // A few pages are not worth the system call.
+        if pages.count >= 16, !touched[pages.lowerBound] { memory.populate(pages: pages) }
         touched.setOwn(pages)
         try reader.payload(to: host, bytes: pages.count * pageSize, idleMilliseconds: idleMilliseconds)
         do { try guest.received(pages: pages) } catch { throw .machineFailed(doing: "storing memory", why: error.what) }

@@ -22,14 +22,16 @@ public final class MigrationBitmap {
     private let ram: PageBitmap
     /// What the destination was told of each page so far.
     let told: ToldPages
-    private var held: PageBitmap { told.held }
     private var passedOver: PageBitmap { told.passedOver }
+    private let remembersSkipped: Bool
     private let scratch: PageBitmap
     private var cursor = 0
 
-    /// An empty bitmap over `memory`.
-    public init(_ memory: GuestMemory) {
+    /// An empty bitmap over `memory`. `remembersSkipped`: keep which pages were masked and not sent since, for a
+    /// verification.
+    public init(_ memory: GuestMemory, remembersSkipped: Bool = true) {
         self.memory = memory
+        self.remembersSkipped = remembersSkipped
         pages = PageBitmap(bitCount: memory.frameCount)
         ram = PageBitmap(bitCount: memory.frameCount)
         told = ToldPages(memory)
@@ -134,29 +136,12 @@ public final class MigrationBitmap {
             droppedPages += report.pages.population
             return Masked(isAccepted: false, skipped: 0, stale: nil)
         }
-        let stale = takeStale(report.pages)
-        for index in 0..<pages.wordCount {
-            let bits = pages.word(index) & report.pages.word(index)
-            if bits != 0 { passedOver.merge(bits, intoWord: index) }
-        }
+        // The pages about to be masked that the destination holds; from now on it does not.
+        let stale = told.held.take(inIntersection: pages, report.pages)
+        if remembersSkipped { passedOver.formUnion(ofIntersection: pages, report.pages) }
         let skipped = pages.subtract(report.pages)  // W4: masking only
         dirtyCount -= skipped
         return Masked(isAccepted: true, skipped: skipped, stale: stale)
-    }
-
-    /// The pages about to be masked that the destination holds; from now on it does not.
-    private func takeStale(_ free: PageBitmap) -> PageBitmap? {
-        var stale: PageBitmap?
-        var next = held.firstWord
-        while let index = next {
-            next = held.nextWord(from: index + 1)
-            let bits = held.word(index) & pages.word(index) & free.word(index)
-            if bits == 0 { continue }
-            held.remove(bits, fromWord: index)
-            if stale == nil { stale = PageBitmap(bitCount: pages.bitCount) }
-            stale?.store(bits, inWord: index)
-        }
-        return stale
     }
 }
 

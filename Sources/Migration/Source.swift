@@ -153,7 +153,7 @@ final class SourceRun {
         self.progress = progress
         bandwidth = Bandwidth(bytesPerSecond: options.bandwidthLimit)
         reader = FrameReader(channel)
-        bitmap = MigrationBitmap(guest.memory)
+        bitmap = MigrationBitmap(guest.memory, remembersSkipped: options.verify)
         pageSender = PageSender(
             memory: guest.memory, told: bitmap.told,
             writer: FrameWriter(channel, idleMilliseconds: options.idleTimeoutMilliseconds), channel: channel,

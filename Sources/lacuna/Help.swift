@@ -41,6 +41,7 @@ let help = """
       hints status|poll|request|target  --hint-socket PATH [--timeout MS] [--size SIZE]
 
     Measure:
+      bench    stream|zero-scan|mask [--memory SIZE] [--runs N] [--json FILE] [--check]
       bench    dirty dirty-log|first-dirty|harvest|ping-pong [--memory SIZE] [--json FILE] [--plain] [--check]; the
                reference describes these and their other options
 

@@ -20,6 +20,7 @@ func perform(_ words: ArraySlice<String>) throws(Complaint) {
     case "resume": try Client.simple(words.dropFirst(), .resume)
     case "balloon": try BalloonClient.perform(words.dropFirst())
     case "type": try Client.type(words.dropFirst())
+    case "bench" where SpeedBench.names.contains(words.dropFirst().first ?? ""): try SpeedBench.run(words.dropFirst())
     case "bench": try Bench.run(words.dropFirst())
     case "stop": try Client.stop(words.dropFirst())
     case "vhost-user": try VhostUserCommand.run(words.dropFirst())

@@ -189,10 +189,16 @@ static inline void lacuna_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST);
 void lacuna_copy(void *to, const void *from, size_t bytes);
 // True if all `bytes` (a multiple of 64) at `p` (8-byte aligned) are zero.
 bool lacuna_is_zero(const void *p, size_t bytes);
+// All words of `bytes` (a multiple of 64) at `p` (8-byte aligned) in one OR: what reading memory costs.
+uint64_t lacuna_or_words(const void *p, size_t bytes);
 // CRC-32C (Castagnoli, RFC 3720 appendix B.4) of `bytes`, continuing from `crc` (start with 0).
 uint32_t lacuna_crc32c(uint32_t crc, const void *p, size_t bytes);
 // target &= ~mask over `words`; returns how many bits that cleared.
 size_t lacuna_and_not(uint64_t *target, const uint64_t *mask, size_t words);
+// target |= a & b over `words`.
+void lacuna_or_and(uint64_t *target, const uint64_t *a, const uint64_t *b, size_t words);
+// taken = target & a & b and target &= ~taken, over `words`; true if any bit was taken.
+bool lacuna_take_and(uint64_t *target, const uint64_t *a, const uint64_t *b, uint64_t *taken, size_t words);
 size_t lacuna_popcount(const uint64_t *words, size_t count);
 // target |= source over `words`.
 void lacuna_or(uint64_t *target, const uint64_t *source, size_t words);
