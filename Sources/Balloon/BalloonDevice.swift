@@ -109,7 +109,7 @@ public final class BalloonDevice: VirtioDevice {
 
     public var deviceID: UInt32 { 5 }
 
-    public var offeredFeatures: UInt64 { VirtioFeature.version1 | VirtioFeature.indirectDescriptors | features }
+    public var offeredFeatures: UInt64 { VirtioFeature.version1 | features }
 
     public var queueSizes: [UInt16] { Array(repeating: Self.queueSize, count: QueueMap.queueCount) }
 
@@ -240,7 +240,7 @@ public final class BalloonDevice: VirtioDevice {
     }
 
     /// Gives pages back to the host. The chain that brought them was not used yet: the guest keeps its hands off them.
-    private func release(_ runs: [Range<Int>], _ state: inout State) {
+    func release(_ runs: [Range<Int>], _ state: inout State) {
         for run in runs {
             // Cannot fail: the pages were compared with RAM, and a run that spans two regions is taken apart here.
             for region in memory.regions {
@@ -252,7 +252,7 @@ public final class BalloonDevice: VirtioDevice {
         }
     }
 
-    /// A report of free pages (section 5.5.6.8): device-writable buffers that are the pages themselves.
+    /// A report of free pages (section 5.5.6.7): device-writable buffers that are the pages themselves.
     private func takeReportedPages(_ chain: DescriptorChain, _ state: inout State, _ aftermath: inout Aftermath) {
         state.counters.reportingChains &+= 1
         var runs: [Range<Int>] = [], isWhole = chain.readable.isEmpty
@@ -276,7 +276,7 @@ public final class BalloonDevice: VirtioDevice {
             state.counters.malformedReportings &+= 1
             return aftermath.note("a report of free pages with readable parts, or of parts of pages", &state)
         }
-        // Section 5.5.6.8.2: a reported page may only be changed to the poison value, and it does not read as that
+        // Section 5.5.6.7.2: a reported page may only be changed to the poison value, and it does not read as that
         // once it is gone. Zero it does.
         guard !state.isPoisoning else {
             state.counters.reportedPagesKept &+= UInt64(runs.reduce(0) { $0 + $1.count })
@@ -304,7 +304,7 @@ public final class BalloonDevice: VirtioDevice {
             aftermath.note("statistics of \(chain.readableBytes) bytes, or with writable parts", &state)
         }
         if let old = state.statistics.buffer {
-            // Section 5.5.6.4.1: there is one buffer at most. The older one goes back.
+            // Section 5.5.6.3.1: there is one buffer at most. The older one goes back.
             state.counters.extraStatisticsBuffers &+= 1
             giveStatisticsBack(old, &state, &aftermath)
         }

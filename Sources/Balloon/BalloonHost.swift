@@ -54,6 +54,23 @@ extension BalloonDevice {
         monitor.wait(milliseconds: milliseconds) { $0.actual == pages ? true : nil } ?? false
     }
 
+    /// Gives all of the balloon's pages to the host again, if the guest would tell before it uses one. For the
+    /// destination of a migration, where the host's huge pages may have filled what was left out. Any thread; the queues
+    /// get their turn in between.
+    public func releaseBalloon() {
+        var place = 0, isOver = false
+        while !isOver {
+            isOver = monitor.withLock { state in
+                // Until it has used a deflate request, which takes this lock, the device may modify the page.
+                guard state.tellsHost, let run = state.lists.inflated.nextRun(from: place, limit: 4096) else { return true }
+                place = run.upperBound
+                let first = (run.lowerBound + releaseUnit - 1) & ~(releaseUnit - 1), end = run.upperBound & ~(releaseUnit - 1)
+                if first < end { release([first..<end], &state) }
+                return false
+            }
+        }
+    }
+
     /// How often somebody shall ask for statistics, in milliseconds; 0: not by itself. The device only keeps it, and
     /// takes it along with its state.
     public var statisticsInterval: UInt32 {
@@ -96,8 +113,11 @@ extension BalloonDevice {
     public func openWindow() -> UInt32 {
         let frames = memory.frameCount
         let (request, signals) = monitor.withLock { state in
-            let request = state.nextRequest, method = state.method ?? .bitmap
-            state.nextRequest = request == .max ? Self.firstRequest : request + 1
+            let method = state.method ?? .bitmap
+            func following(_ id: UInt32) -> UInt32 { id == .max ? Self.firstRequest : id + 1 }
+            // Section 5.5.6.5.2: an id is not used again while the driver has not ended what it sends under it.
+            let request = state.nextRequest == state.hintStream ? following(state.nextRequest) : state.nextRequest
+            state.nextRequest = following(request)
             state.window = HintWindow(request: request, method: method, frames: frames)
             switch method {
             case .bitmap: state.bitmapCommand = request
@@ -137,7 +157,7 @@ extension BalloonDevice {
         return partial
     }
 
-    /// A driver that still hints for a request that is over does so for nothing (section 5.5.6.6.2).
+    /// A driver that still hints for a request that is over does so for nothing (section 5.5.6.5.2).
     private func stopHints(_ request: UInt32) {
         let signals: DeviceSignals? = monitor.withLock { state in
             guard state.hintCommand == request else { return nil }

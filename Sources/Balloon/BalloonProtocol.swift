@@ -2,7 +2,8 @@
 internal import CLinux
 internal import Virtio
 
-/// The balloon's feature bits (virtio 1.3, section 5.5.3, and protocol/free-page-bitmap.md), as masks.
+/// The balloon's feature bits (virtio 1.3, section 5.5.3, and protocol/free-page-bitmap.md), as masks; and the names an
+/// operator has for them and for those of the rings.
 public enum BalloonFeature {
     /// The driver tells the device before it uses a page of the balloon again.
     public static let mustTellHost: UInt64 = 1 << 0
@@ -23,13 +24,18 @@ public enum BalloonFeature {
     public static let names: [(name: String, mask: UInt64)] = [
         ("must-tell-host", mustTellHost), ("stats", statistics), ("deflate-on-oom", deflateOnOOM),
         ("free-page-hint", freePageHint), ("page-poison", pagePoison), ("page-reporting", pageReporting),
-        ("free-page-bitmap", freePageBitmap),
+        ("free-page-bitmap", freePageBitmap), ("indirect", VirtioFeature.indirectDescriptors),
+        ("event-index", VirtioFeature.eventIndex), ("packed", VirtioFeature.packedRing),
     ]
-    /// All features.
+    /// All features, those of the rings included.
     public static let all = names.reduce(0) { $0 | $1.mask }
+    /// Those that say how the rings look and not what the balloon can do.
+    public static let rings = VirtioFeature.indirectDescriptors | VirtioFeature.eventIndex | VirtioFeature.packedRing
     /// What is offered unless the operator says otherwise: a balloon that the guest does not take back by itself, and no
-    /// reporting, which costs a running guest a fault for each page that it takes into use again.
-    public static let standard = all & ~(deflateOnOOM | pageReporting)
+    /// reporting, which costs a running guest a fault for each page that it takes into use again. Of the rings the
+    /// simplest, which every front end knows.
+    public static let standard =
+        all & ~(deflateOnOOM | pageReporting | VirtioFeature.eventIndex | VirtioFeature.packedRing)
 }
 
 /// Offsets in the balloon's configuration space (virtio 1.3, section 5.5.4), in bytes. All fields are 32 bits,

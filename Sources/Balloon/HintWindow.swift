@@ -104,7 +104,7 @@ struct HintWindow {
         }
     }
 
-    // MARK: Free page hints (virtio 1.3, section 5.5.6.6)
+    // MARK: Free page hints (virtio 1.3, section 5.5.6.5)
 
     /// The driver began to hint in answer to this request.
     mutating func begin() { if case .waiting = stage { stage = .collecting } }

@@ -219,7 +219,7 @@ public final class MMIOTransport: Sendable {
     private func makeQueue(_ state: State, _ index: Int) throws(VirtQueueError) -> VirtQueue {
         try VirtQueue(
             memory: memory, state: state.queues[index].registers, maximumSize: sizes[index],
-            allowsIndirect: state.driverFeatures & VirtioFeature.indirectDescriptors != 0)
+            features: state.driverFeatures)
     }
 
     private func isServing(_ state: State) -> Bool {

@@ -2,7 +2,7 @@
 public import GuestMemory
 internal import Synchronization
 
-/// All there is to know of a split virtqueue besides guest memory: plain data from a driver's registers or from a saved
+/// All there is to know of a virtqueue besides guest memory: plain data from a driver's registers or from a saved
 /// state, and not to be trusted. `VirtQueue.init` is the one place that checks it.
 public struct VirtQueueState: Sendable, Equatable {
     /// Descriptors.
@@ -12,9 +12,10 @@ public struct VirtQueueState: Sendable, Equatable {
     public var available: GuestAddress
     /// The device area: the used ring.
     public var used: GuestAddress
-    /// The next entry of the available ring to take, modulo 2^16.
+    /// The next entry of the available ring to take, modulo 2^16. Of a packed queue: the next descriptor to take, in
+    /// bits 0 to 14, and in bit 15 the inverse of the device's wrap counter for it; so 0 is the beginning of both kinds.
     public var nextAvailable: UInt16
-    /// The next entry of the used ring to fill, modulo 2^16.
+    /// The next entry of the used ring to fill, modulo 2^16; of a packed queue like `nextAvailable`.
     public var nextUsed: UInt16
 
     public init(
@@ -49,7 +50,7 @@ public struct VirtQueueState: Sendable, Equatable {
     }
 }
 
-/// The device's side of a split virtqueue (virtio 1.3, section 2.7).
+/// The device's side of a virtqueue: split (virtio 1.3, section 2.7) or packed (section 2.8).
 ///
 /// Everything in the rings is the guest's to change at any moment. Each descriptor is copied once and checked before
 /// anything is done with it; a chain that breaks the rules is an error that says which, and the queue stays broken.
@@ -62,15 +63,17 @@ public final class VirtQueue: Sendable {
     /// The most bytes of one chain (section 2.7.5).
     public static let maximumChainBytes: UInt64 = 1 << 32
 
-    private struct Progress {
+    struct Progress {
         var nextAvailable: UInt16
         var nextUsed: UInt16
         var failure: VirtQueueError?
         var isEnabled = true
+        /// `nextUsed` when the driver was last told, or the question last asked; nil: not since this object was made.
+        var toldUsed: UInt16?
     }
 
     /// A descriptor as it lies in the table (section 2.7.5).
-    private struct Descriptor: BitwiseCopyable {
+    struct Descriptor: BitwiseCopyable {
         var address: UInt64 = 0
         var length: UInt32 = 0
         var flags: UInt16 = 0
@@ -82,45 +85,64 @@ public final class VirtQueue: Sendable {
         static let bytes = 16
     }
 
-    /// Descriptors: a power of two.
+    /// Descriptors: of a split queue a power of two.
     public let size: UInt16
-    private let memory: GuestMemory
-    private let descriptors: GuestAddress
-    private let available: GuestAddress
-    private let used: GuestAddress
+    public let isPacked: Bool
+    let memory: GuestMemory
+    let descriptors: GuestAddress
+    let available: GuestAddress
+    let used: GuestAddress
+    let usesEventIndex: Bool
     private let allowsIndirect: Bool
     private let progress: Mutex<Progress>
 
     /// The one checked way to a live queue, for a new one and for one from a saved state.
     ///
     /// - Parameter maximumSize: the device's limit for this queue.
-    /// - Parameter allowsIndirect: whether `VIRTIO_F_INDIRECT_DESC` was negotiated.
+    /// - Parameter features: what was negotiated, of `VirtioFeature`.
     public init(
-        memory: GuestMemory, state: VirtQueueState, maximumSize: UInt16, allowsIndirect: Bool
+        memory: GuestMemory, state: VirtQueueState, maximumSize: UInt16, features: UInt64
     ) throws(VirtQueueError) {
+        let isPacked = features & VirtioFeature.packedRing != 0
         guard state.size > 0, state.size <= UInt32(maximumSize), state.size <= 1 << 15,
-            state.size & (state.size - 1) == 0
+            isPacked || state.size & (state.size - 1) == 0
         else { throw .badSize(state.size, maximum: maximumSize) }
         let size = UInt16(state.size), count = Int(size)
-        // Section 2.7: alignment and bytes of each part; the rings are counted with their event field.
+        // Sections 2.7 and 2.8: alignment and bytes of each part; the split rings are counted with their event field.
         let parts: [(VirtQueueError.Part, GuestAddress, alignment: UInt64, bytes: Int)] = [
-            (.descriptors, state.descriptors, 16, 16 * count), (.available, state.available, 2, 6 + 2 * count),
-            (.used, state.used, 4, 6 + 8 * count),
+            (.descriptors, state.descriptors, 16, 16 * count),
+            (.available, state.available, isPacked ? 4 : 2, isPacked ? 4 : 6 + 2 * count),
+            (.used, state.used, 4, isPacked ? 4 : 6 + 8 * count),
         ]
         for (part, address, alignment, bytes) in parts {
             guard address.rawValue % alignment == 0 else { throw .misaligned(part, address) }
             guard memory.isRAM(address, bytes: bytes) else { throw .notRAM(part, address) }
         }
-        guard state.nextAvailable &- state.nextUsed <= size else {
+        let isPossible =
+            isPacked
+            ? PackedPosition.outstanding(from: state.nextUsed, to: state.nextAvailable, size: size) != nil
+            : state.nextAvailable &- state.nextUsed <= size
+        guard isPossible else {
             throw .badCounters(nextAvailable: state.nextAvailable, nextUsed: state.nextUsed)
         }
         self.size = size
+        self.isPacked = isPacked
         self.memory = memory
-        self.allowsIndirect = allowsIndirect
+        allowsIndirect = features & VirtioFeature.indirectDescriptors != 0
+        usesEventIndex = features & VirtioFeature.eventIndex != 0
         descriptors = state.descriptors
         available = state.available
         used = state.used
         progress = Mutex(Progress(nextAvailable: state.nextAvailable, nextUsed: state.nextUsed))
+    }
+
+    /// A split queue without the event index.
+    public convenience init(
+        memory: GuestMemory, state: VirtQueueState, maximumSize: UInt16, allowsIndirect: Bool
+    ) throws(VirtQueueError) {
+        try self.init(
+            memory: memory, state: state, maximumSize: maximumSize,
+            features: allowsIndirect ? VirtioFeature.indirectDescriptors : 0)
     }
 
     /// What to save.
@@ -150,6 +172,7 @@ public final class VirtQueue: Sendable {
             if let failure = progress.failure { throw failure }
             guard progress.isEnabled else { return nil }
             do throws(VirtQueueError) {
+                if isPacked { return try popPacked(&progress) }
                 guard let head = try nextHead(progress) else { return nil }
                 let chain = try walk(head: head)
                 progress.nextAvailable &+= 1
@@ -164,18 +187,23 @@ public final class VirtQueue: Sendable {
     /// True if the driver has made nothing available that was not taken yet, as far as can be told.
     public var isEmpty: Bool {
         progress.withLock { progress in
+            if isPacked { return !progress.isEnabled || !isAvailable(progress.nextAvailable) }
             let index = try? memory.loadAcquire16(GuestAddress(available.rawValue &+ 2))
             return !progress.isEnabled || index == progress.nextAvailable
         }
     }
 
     /// Gives a chain back, with the number of bytes written to it.
-    public func push(_ token: BufferToken, written: UInt32) { push(head: token.head, written: written) }
+    /// One that the queue did not hand out is ignored, as far as can be told.
+    public func push(_ token: BufferToken, written: UInt32) {
+        if isPacked { return progress.withLock { pushPacked(token, written: written, &$0) } }
+        push(head: token.head, written: written)
+    }
 
-    /// Gives a chain back by its head.
+    /// Gives a chain of a split queue back by its head.
     public func push(head: UInt16, written: UInt32) {
         progress.withLock { progress in
-            guard progress.isEnabled else { return }
+            guard progress.isEnabled, !isPacked, progress.nextUsed != progress.nextAvailable else { return }
             let slot = UInt64(progress.nextUsed & (size &- 1))
             // Cannot wrap or fail: `init` checked the whole ring.
             let entry = GuestAddress(used.rawValue &+ 4 &+ 8 &* slot)
@@ -188,12 +216,32 @@ public final class VirtQueue: Sendable {
 
     /// Whether the driver wants to be told of used buffers: to be asked after `push`.
     public var wantsInterrupt: Bool {
-        guard progress.withLock({ $0.isEnabled }) else { return false }
+        let (isEnabled, now, before): (Bool, UInt16, UInt16?) = progress.withLock { progress in
+            defer { progress.toldUsed = progress.nextUsed }
+            return (progress.isEnabled, progress.nextUsed, progress.toldUsed)
+        }
+        guard isEnabled else { return false }
         // The index of the used ring must be visible before the flags are read: the driver allows interrupts first and
         // then looks at the index, so that one of the two always sees the other (section 2.7.7.2).
         memory.fence()
-        let flags = try? memory.load(available, as: UInt16.self)
-        return (flags ?? 0) & 1 == 0
+        if isPacked { return packedWantsInterrupt(before: before, now: now) }
+        guard usesEventIndex else {
+            let flags = try? memory.load(available, as: UInt16.self)
+            return (flags ?? 0) & 1 == 0
+        }
+        guard let before else { return true }
+        // Section 2.7.7.2: the driver names the entry whose use it wants to hear of, behind its ring.
+        let place = GuestAddress(available.rawValue &+ 4 &+ 2 &* UInt64(size))
+        let event = (try? memory.load(place, as: UInt16.self)) ?? before
+        return now &- event &- 1 < now &- before
+    }
+
+    /// With the event index: asks for a notification of the next entry of the available ring (section 2.7.10). To be
+    /// followed by one more look, for what came before the driver could see this.
+    private func askForNotification(_ progress: Progress) {
+        let place = GuestAddress(used.rawValue &+ 4 &+ 8 &* UInt64(size))
+        try? memory.store(progress.nextAvailable, at: place)
+        memory.fence()
     }
 
     /// The head of the next chain, read from the available ring.
@@ -201,7 +249,12 @@ public final class VirtQueue: Sendable {
         var head: UInt16 = 0, index: UInt16
         do throws(GuestMemoryError) {
             // Acquire: the entry and the descriptors are read after the index that makes them ours.
-            index = try memory.loadAcquire16(GuestAddress(available.rawValue &+ 2))
+            var found = try memory.loadAcquire16(GuestAddress(available.rawValue &+ 2))
+            if found == progress.nextAvailable, usesEventIndex {
+                askForNotification(progress)
+                found = try memory.loadAcquire16(GuestAddress(available.rawValue &+ 2))
+            }
+            index = found
             if index == progress.nextAvailable { return nil }
             // Within the ring whatever the index says; it is not used before that was checked.
             let slot = UInt64(progress.nextAvailable & (size &- 1))
@@ -215,10 +268,48 @@ public final class VirtQueue: Sendable {
         return head
     }
 
+    /// The buffer of a chain, as it is put together.
+    struct Segments {
+        var readable: [GuestSegment] = []
+        var writable: [GuestSegment] = []
+        var total: UInt64 = 0
+    }
+
+    /// Checks a descriptor of a buffer and adds it.
+    func add(_ descriptor: Descriptor, to segments: inout Segments, head: UInt16) throws(VirtQueueError) {
+        guard descriptor.length > 0 else { throw .zeroLength(head: head) }
+        // Cannot overflow: at most 2^16 descriptors of less than 2^32 bytes each.
+        segments.total += UInt64(descriptor.length)
+        guard segments.total <= Self.maximumChainBytes else { throw .tooLong(head: head) }
+        let segment = GuestSegment(address: GuestAddress(descriptor.address), length: descriptor.length)
+        guard memory.isRAM(segment.address, bytes: Int(segment.length)) else {
+            throw .bufferNotRAM(head: head, segment.address, length: segment.length)
+        }
+        if descriptor.flags & Descriptor.write != 0 {
+            segments.writable.append(segment)
+        } else {
+            guard segments.writable.isEmpty else { throw .readableAfterWritable(head: head) }
+            segments.readable.append(segment)
+        }
+    }
+
+    /// Checks an indirect descriptor. Returns its table and the entries there.
+    func indirectTable(_ descriptor: Descriptor, head: UInt16) throws(VirtQueueError) -> (GuestAddress, UInt32) {
+        guard allowsIndirect else { throw .indirectNotNegotiated(head: head) }
+        guard descriptor.flags & Descriptor.next == 0 else { throw .indirectWithNext(head: head) }
+        let bytes = descriptor.length
+        guard bytes > 0, bytes % UInt32(Descriptor.bytes) == 0,
+            bytes / UInt32(Descriptor.bytes) <= Self.maximumIndirectEntries
+        else { throw .badIndirectSize(head: head, bytes: bytes) }
+        let table = GuestAddress(descriptor.address)
+        guard memory.isRAM(table, bytes: Int(bytes)) else { throw .indirectTableNotRAM(head: head, table) }
+        // The write flag of this descriptor says nothing (section 2.7.5.3.2).
+        return (table, bytes / UInt32(Descriptor.bytes))
+    }
+
     /// Copies and checks every descriptor of a chain.
     private func walk(head: UInt16) throws(VirtQueueError) -> DescriptorChain {
-        var readable: [GuestSegment] = [], writable: [GuestSegment] = []
-        var total: UInt64 = 0
+        var segments = Segments()
         var table = descriptors, entries = UInt32(size), index = head
         var isIndirect = false
         // Bounds the walk: a chain through a table without a loop has at most as many descriptors as the table.
@@ -231,43 +322,23 @@ public final class VirtQueue: Sendable {
             if descriptor.flags & Descriptor.indirect != 0 {
                 guard allowsIndirect else { throw .indirectNotNegotiated(head: head) }
                 guard !isIndirect else { throw .nestedIndirect(head: head) }
-                guard descriptor.flags & Descriptor.next == 0 else { throw .indirectWithNext(head: head) }
-                let bytes = descriptor.length
-                guard bytes > 0, bytes % UInt32(Descriptor.bytes) == 0,
-                    bytes / UInt32(Descriptor.bytes) <= Self.maximumIndirectEntries
-                else { throw .badIndirectSize(head: head, bytes: bytes) }
-                table = GuestAddress(descriptor.address)
-                guard memory.isRAM(table, bytes: Int(bytes)) else { throw .indirectTableNotRAM(head: head, table) }
-                // The write flag of this descriptor says nothing (section 2.7.5.3.2).
-                entries = bytes / UInt32(Descriptor.bytes)
+                (table, entries) = try indirectTable(descriptor, head: head)
                 index = 0
                 visits = 0
                 isIndirect = true
                 continue
             }
 
-            guard descriptor.length > 0 else { throw .zeroLength(head: head) }
-            // Cannot overflow: at most 2^16 descriptors of less than 2^32 bytes each.
-            total += UInt64(descriptor.length)
-            guard total <= Self.maximumChainBytes else { throw .tooLong(head: head) }
-            let segment = GuestSegment(address: GuestAddress(descriptor.address), length: descriptor.length)
-            guard memory.isRAM(segment.address, bytes: Int(segment.length)) else {
-                throw .bufferNotRAM(head: head, segment.address, length: segment.length)
-            }
-            if descriptor.flags & Descriptor.write != 0 {
-                writable.append(segment)
-            } else {
-                guard writable.isEmpty else { throw .readableAfterWritable(head: head) }
-                readable.append(segment)
-            }
+            try add(descriptor, to: &segments, head: head)
             guard descriptor.flags & Descriptor.next != 0 else { break }
             index = descriptor.next
             guard UInt32(index) < entries else { throw .nextOutOfRange(head: head, next: index) }
         }
-        return DescriptorChain(head: head, readable: readable, writable: writable, memory: memory)
+        return DescriptorChain(
+            head: head, readable: segments.readable, writable: segments.writable, memory: memory)
     }
 
-    private func load(
+    func load(
         _ table: GuestAddress, _ index: UInt16, isIndirect: Bool, head: UInt16
     ) throws(VirtQueueError) -> Descriptor {
         var descriptor = Descriptor()

@@ -5,6 +5,10 @@ public import GuestMemory
 public enum VirtioFeature {
     /// `VIRTIO_F_INDIRECT_DESC`, bit 28: a descriptor may point at a table of descriptors.
     public static let indirectDescriptors: UInt64 = 1 << 28
+    /// `VIRTIO_F_EVENT_IDX`, bit 29: each side names the buffer it wants to hear of.
+    public static let eventIndex: UInt64 = 1 << 29
+    /// `VIRTIO_F_RING_PACKED`, bit 34: the layout of section 2.8.
+    public static let packedRing: UInt64 = 1 << 34
     /// `VIRTIO_F_VERSION_1`, bit 32. Every device here requires it.
     public static let version1: UInt64 = 1 << 32
 }

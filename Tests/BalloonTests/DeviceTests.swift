@@ -12,7 +12,7 @@ import Virtio
         // All but DEFLATE_ON_OOM, which the operator has to ask for.
         #expect(bench.driver.offeredFeatures == 0x8000_0001_1000_001b)
         let full = BalloonDevice(memory: bench.memory, features: .max)
-        #expect(full.offeredFeatures == 0x8000_0001_1000_003f)
+        #expect(full.offeredFeatures == 0x8000_0005_3000_003f)
         for index in 0..<6 {
             bench.driver.write(.queueSelect, UInt32(index))
             #expect(bench.driver.read(.queueSizeMax) == 256)

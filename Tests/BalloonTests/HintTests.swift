@@ -5,7 +5,7 @@ import TestSupport
 import Testing
 import Virtio
 
-/// Free page hints (virtio 1.3, section 5.5.6.6) of a stock driver as reports of free pages.
+/// Free page hints (virtio 1.3, section 5.5.6.5) of a stock driver as reports of free pages.
 @Suite struct HintTests {
     private func command(_ bench: StockBench) -> UInt32 { bench.driver.configuration(StockBench.command) }
 
@@ -163,6 +163,44 @@ import Virtio
         bench.driver.write(.status, 0)
         #expect(command(bench) == 0 && !bench.device.status.hasHints)
         #expect(bench.device.waitForReport(request, milliseconds: 0) == nil)
+    }
+
+    @Test func idsAreNotUsedAgain() throws {
+        let bench = StockBench()
+        var seen: Set<UInt32> = []
+        for turn in 0..<50 {
+            let request = bench.device.openWindow()
+            #expect(request >= 2 && seen.insert(request).inserted)
+            if turn % 3 != 0 { bench.sayCommand(request) }
+            if turn % 2 == 0 { bench.device.closeWindow() } else { bench.device.releaseHints() }
+        }
+        // The numbers have come round to the id that the driver still hints under.
+        let old = try #require(seen.max())
+        bench.sayCommand(old)
+        var state = bench.save()
+        let encoded = try #require((0..<state.count - 4).last { place in
+            (0..<4).allSatisfy { state[place + $0] == UInt8(truncatingIfNeeded: (old + 1) >> (8 * UInt32($0))) }
+        })
+        for offset in 0..<4 { state[encoded + offset] = UInt8(truncatingIfNeeded: old >> (8 * UInt32(offset))) }
+        let target = StockBench(memory: bench.memory, isStarted: false)
+        try target.restore(state)
+        bench.driver.add(queue: 3, readable: [words32([old])])
+        target.transport.kick()
+        #expect(target.device.openWindow() == old + 1)
+    }
+
+    /// The device has no business with a hinted page after DONE, nor before.
+    @Test func doneLeavesThePagesAlone() {
+        let bench = StockBench()
+        bench.fill(512..<576)
+        let request = bench.device.openWindow()
+        bench.sayCommand(request)
+        bench.hint(512, 64)
+        _ = bench.device.waitForReport(request, milliseconds: 0)
+        bench.device.releaseHints()
+        #expect(command(bench) == 1)
+        bench.hint(512, 64)
+        #expect(bench.isFilled(512..<576))
     }
 
     // MARK: Saved state
