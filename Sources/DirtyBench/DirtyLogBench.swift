@@ -27,7 +27,8 @@ func dirtyLogBench(_ options: BenchOptions) throws(BenchError) -> BenchTable {
     for (name, tracking) in ways {
         for size in sizes {
             if let tracking {
-                let guest = try BareGuest(size: size, vcpus: 2, tracking: tracking, ringPeriod: name == fullRing ? 60_000 : DirtyRings.usualPeriodMilliseconds)
+                let period = name == fullRing ? 60_000 : DirtyRings.usualPeriodMilliseconds
+                let guest = try BareGuest(size: size, vcpus: 2, tracking: tracking, ringPeriod: period)
                 try measure(
                     name, guest.memory, guest.pages, guest.makeTracker(), into: &table, fullRings: { guest.ringFigures.fullRings }
                 ) { (value, list) throws(BenchError) in try guest.share(value, to: list) }
