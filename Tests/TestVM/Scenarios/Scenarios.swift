@@ -27,7 +27,6 @@ let scenarios = [
     trackerScenarios,
     roughScenarios,
     connectionScenarios,
-    guestDriverScenarios,
 ].flatMap(\.self)
 
 /// The whole chain, end to end.

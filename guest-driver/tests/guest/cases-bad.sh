@@ -71,7 +71,7 @@ case_changing_id()
 	usleep 20000
 	echo 0 > $params/request
 	wait_for 10 idle_again || fail "the walk goes on after a stop"
-	answered 40 && fail "an answer after a stop"
+	! answered 40 || fail "an answer after a stop"
 	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
 	ask 41
 	check_complete

@@ -190,7 +190,7 @@ case_init_on_free()
 	dd if=/dev/zero of=/tmp/fill bs=1M count=64 2>/dev/null
 	rm /tmp/fill
 	usleep 4000000
-	reported && fail "reported without PAGE_POISON"
+	! reported || fail "reported without PAGE_POISON"
 	ask 2
 }
 
@@ -212,6 +212,6 @@ case_poisoned()
 	load_driver
 	echo 2 > $params/request
 	inflate 100
-	answered 2 && fail "a report without PAGE_POISON"
-	reported && fail "reported without PAGE_POISON"
+	! answered 2 || fail "a report without PAGE_POISON"
+	! reported || fail "reported without PAGE_POISON"
 }
