@@ -73,6 +73,10 @@ size_t lacuna_file_granule(int fd) {
 
 int lacuna_memfd(const char *name) { return memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING); }
 
+int lacuna_memfd_huge(const char *name) { return memfd_create(name, MFD_CLOEXEC | MFD_HUGETLB | 21u << 26); }
+
+int lacuna_allocate(int fd, uint64_t bytes) { return fallocate(fd, 0, 0, (off_t)bytes); }
+
 int lacuna_seal(int fd) {
     return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL);
 }

@@ -20,6 +20,8 @@ public struct MachineConfiguration: Sendable, Equatable {
     public var vsockCID: UInt32?
     /// How this host finds dirty pages; not a property of the guest.
     public var dirtyTracking = DirtyTracking.bitmap
+    /// What the guest's memory is made of here; no part of what a migration describes.
+    public var backing = MemoryBacking.anonymous
     public init(memorySize: UInt64, vcpus: Int) {
         self.memorySize = memorySize
         self.vcpus = vcpus
@@ -113,7 +115,7 @@ public final class Machine: Sendable {
             }
             memory = made
         } else {
-            do throws(GuestMemoryError) { memory = try GuestMemory(ranges: layout) } catch { throw MachineError("\(error)") }
+            memory = try configuration.backing.makeMemory(layout)
         }
         do throws(KVMError) {
             let offered = try CPUIDTemplate.make(system)
@@ -145,6 +147,7 @@ public final class Machine: Sendable {
         power = PowerManagement { vm.setLine(Layout.systemControlLine, high: $0) }
         balloon = BalloonDevice(
             memory: memory, features: configuration.balloonFeatures, reserved: Layout.firmwarePages,
+            releaseUnit: made == nil ? configuration.backing.releaseUnit : 1,
             log: { message in logLine("balloon: \(message)") })
         balloon.setQuiesced(true)
         do throws(VhostError) {

@@ -55,13 +55,17 @@ public final class IncomingMachine: IncomingGuest {
     private let tracking: DirtyTracking
     private let vsockCID: UInt32?
     private let made = Mutex<Machine?>(nil)
+    private let isFromFile = Mutex(false)
+    private let backing: MemoryBacking
 
     /// `memorySize` and `vcpus`, where given, are what the operator allows; another machine is refused. `tracking` is for
     /// this machine's next migration; a guest with vsock gets the address `vsockCID` here.
     public init(
-        console: Int32, memorySize: UInt64?, vcpus: Int?, tracking: DirtyTracking = .bitmap, vsockCID: UInt32? = nil
+        console: Int32, memorySize: UInt64?, vcpus: Int?, tracking: DirtyTracking = .bitmap, vsockCID: UInt32? = nil,
+        backing: MemoryBacking = .anonymous
     ) {
         self.console = console
+        self.backing = backing
         expected = (memorySize, vcpus)
         self.tracking = tracking
         self.vsockCID = vsockCID
@@ -79,6 +83,7 @@ public final class IncomingMachine: IncomingGuest {
     public func restore(from snapshot: SnapshotReader, full: Bool) throws(PartFailure) {
         _ = try build(
             snapshot.machineDescription, memory: full ? try snapshot.readMemory() : try snapshot.mapMemory())
+        isFromFile.withLock { $0 = true }
         try load(state: snapshot.sections)
     }
 
@@ -94,6 +99,7 @@ public final class IncomingMachine: IncomingGuest {
                 configuration.vsockCID = vsockCID
             }
             try HostMemory.check(canHold: configuration.memorySize)
+            configuration.backing = backing
             if let size = expected.memorySize, size != configuration.memorySize {
                 throw PartFailure(
                     "the guest has \(configuration.memorySize >> 20) MiB of memory and the destination was started for \(size >> 20) MiB; start it with --memory \(configuration.memorySize >> 20)M")
@@ -120,6 +126,12 @@ public final class IncomingMachine: IncomingGuest {
     public func start() throws(PartFailure) {
         guard let machine else { throw PartFailure("there is no machine to start") }
         machine.resume()
+        // Huge pages of the host come whole, with the balloon's pages in them. Not while the guest stands still for it;
+        // and not out of a file's mapping, where each hole is a mapping of its own.
+        if !isFromFile.withLock({ $0 }) {
+            let balloon = machine.balloon
+            startThread(named: "balloon") { balloon.releaseBalloon() }
+        }
     }
     public func discard() {
         let machine = made.withLock { machine in

@@ -221,3 +221,12 @@ func balloonFeatures(_ list: String) throws(Complaint) -> UInt64 {
     }
     return features
 }
+
+/// What `--memory-backing` names.
+func memoryBacking(_ arguments: Arguments) throws(Complaint) -> MemoryBacking {
+    guard let text = arguments["memory-backing"] else { return .anonymous }
+    guard let backing = MemoryBacking(rawValue: text) else {
+        throw .usage("--memory-backing takes anonymous, memfd or hugepages, not '\(text)'")
+    }
+    return backing
+}

@@ -55,9 +55,11 @@ let help = """
       --dirty-tracker WAY  how KVM says what the guest wrote: bitmap, manual or ring (bitmap)
       --dirty-ring-size N  entries of each vCPU's ring: a power of two, 1024 to 65536 (65536)
       --vsock-cid N        give the guest a vsock device with this address on the host, 3 or higher (none)
+      --memory-backing X   what the guest's memory is made of: anonymous, memfd, or hugepages of 2 MiB (anonymous);
+                           for `run` and `receive`
       --balloon FEATURES   what the balloon offers, separated by commas: must-tell-host, stats, deflate-on-oom,
-                           free-page-hint, page-poison, page-reporting, free-page-bitmap
-                           (all but deflate-on-oom and page-reporting)
+                           free-page-hint, page-poison, page-reporting, free-page-bitmap; and of the rings indirect,
+                           event-index, packed (all but deflate-on-oom, page-reporting, event-index and packed)
       --listen ADDRESS     unix:PATH or tcp:HOST:PORT, neither encrypted nor authenticated; or fd:N, or file:PATH
       --to ADDRESS         where `lacuna receive` listens; or fd:N, exec:COMMAND, or file:PATH, which ends the guest
       --full               read and check all of the file before the guest starts, instead of each page when it is needed

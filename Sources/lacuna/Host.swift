@@ -90,10 +90,12 @@ enum Host {
             words,
             options: Arguments.trackerOptions.union([
                 "kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console", "balloon",
+                "memory-backing",
             ]), flags: [])
         guard let kernel = try Kernel(arguments) else { throw .usage("--kernel is missing") }
         var configuration = MachineConfiguration(
             memorySize: try arguments.size("memory") ?? 512 << 20, vcpus: try arguments.integer("cpus", in: 1...8) ?? 1)
+        configuration.backing = try memoryBacking(arguments)
         if let features = arguments["balloon"] { configuration.balloonFeatures = try balloonFeatures(features) }
         configuration.dirtyTracking = try arguments.dirtyTracking()
         configuration.vsockCID = try arguments.vsockCID()
@@ -117,13 +119,13 @@ enum Host {
         let arguments = try Arguments(
             words,
             options: Arguments.trackerOptions.union([
-                "listen", "kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console",
+                "listen", "kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console", "memory-backing",
             ]), flags: [])
         let kernel = try Kernel(arguments)
         let incoming = IncomingMachine(
             console: try openConsole(arguments["console"] ?? "stdio"), memorySize: try arguments.size("memory"),
             vcpus: try arguments.integer("cpus", in: 1...8), tracking: try arguments.dirtyTracking(),
-            vsockCID: try arguments.vsockCID())
+            vsockCID: try arguments.vsockCID(), backing: try memoryBacking(arguments))
         let text = try arguments.required("listen")
         let special = try SpecialChannel(parsing: text)
         if case .file(let path)? = special {

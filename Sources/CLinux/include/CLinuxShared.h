@@ -27,6 +27,10 @@ int lacuna_punch_hole(int fd, uint64_t offset, uint64_t bytes);
 size_t lacuna_file_granule(int fd);
 // memfd_create() that allows seals; -1 with errno.
 int lacuna_memfd(const char *name);
+// memfd_create() of huge pages of 2 MiB; -1 with errno.
+int lacuna_memfd_huge(const char *name);
+// fallocate(): the file's bytes are there. 0 or -1 with errno.
+int lacuna_allocate(int fd, uint64_t bytes);
 // Nothing can change the file from here on: not its size, not its bytes. 0 or -1 with errno.
 int lacuna_seal(int fd);
 // fcntl(): the seals on a file; -1 if it can have none.

@@ -13,6 +13,8 @@ struct Scenario: Sendable {
     var programs: [String] = [], modules: [String] = []
     /// It measures time, so nothing else is to run beside it.
     var isAlone = false
+    /// Files of that machine (`bed --file`).
+    var files: [String] = []
     let body: @Sendable (Stage) throws(Failure) -> Void
 }
 
@@ -22,6 +24,8 @@ let scenarios = [
     chainScenarios,
     migrationScenarios,
     balloonScenarios,
+    backingScenarios,
+    balloonFigures,
     faultScenarios,
     twoHostScenarios,
     trackerScenarios,

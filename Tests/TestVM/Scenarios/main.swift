@@ -31,6 +31,7 @@ switch words.first {
 case "list":
     for scenario in scenarios where scenario.isQuick || !words.contains("--quick") {
         let more = scenario.programs.map { " --program \($0)" } + scenario.modules.map { " --module \($0)" }
+            + scenario.files.map { " --file \($0)" }
         say("\(scenario.name) \(scenario.memory) \(scenario.limit) \(scenario.isAlone ? "alone" : "beside")" + more.joined())
     }
 case "run" where words.count == 2 || words.count == 3 && words[2] == "--echo":
