@@ -120,23 +120,29 @@ final class Place: IncomingGuest {
     func discard() {}
 }
 
-/// Whole migrations, with writers, progress and a cancel from another thread in every third.
+/// Whole migrations over one to four connections, with writers, progress and a cancel from another thread in every third.
 func migrations() throws {
     for round in 0..<9 {
         let guest = WritingGuest(), place = Place()
         guest.start()
         let (here, there) = try ByteChannel.pair()
+        let listener = try ChannelListener(.tcp(host: "127.0.0.1", port: 0))
         let received = Mutex<Bool?>(nil)
         let receiver = HostThread {
-            let arrived = (try? MigrationReceiver(guest: place).run(over: there)) != nil
+            let arrived = (try? MigrationReceiver(guest: place).run(over: there, joining: listener)) != nil
             received.withLock { $0 = arrived }
         }
         var options = MigrationOptions()
         options.downtimeLimitMilliseconds = 5
         options.maxRounds = 6
+        options.connections = 1 + round % 4
         let source = MigrationSource(guest: guest, trackers: [], options: options)
         let canceller = HostThread { if round % 3 == 2 { source.cancel() } }
-        let sent = (try? source.run(over: here)) != nil
+        let sent: Bool
+        do throws(MigrationError) {
+            _ = try source.run(over: here) { () throws(MigrationError) in try ByteChannel.connect(to: listener.address) }
+            sent = true
+        } catch { sent = false }
         canceller.join()
         receiver.join()
         if sent { expect(received.withLock { $0 } == true, "migration \(round) was sent and did not arrive") }
