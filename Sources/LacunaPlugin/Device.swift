@@ -18,7 +18,6 @@ final class PluginDevice: @unchecked Sendable {
 
     let host: Host
     private let limit: UInt64
-    private let featureMask: UInt64
     let gate = ReadWriteLock()
 
     // Guarded by `gate`.
@@ -44,9 +43,10 @@ final class PluginDevice: @unchecked Sendable {
     init(host: Host, limit: UInt64, features: UInt64) throws(PluginError) {
         self.host = host
         self.limit = limit
-        featureMask = features == 0 ? .max : features | VirtioFeature.version1
         memory = try Self.standIn()
-        balloon = BalloonDevice(memory: memory) { host.log(LACUNA_LOG_WARNING, $0) }
+        balloon = BalloonDevice(memory: memory, features: features == 0 ? BalloonFeature.standard : features) {
+            host.log(LACUNA_LOG_WARNING, $0)
+        }
         let count = balloon.queueSizes.count
         queues = Array(repeating: nil, count: count)
         live = Array(repeating: nil, count: count)
@@ -60,7 +60,7 @@ final class PluginDevice: @unchecked Sendable {
     }
 
     var queueCount: Int { balloon.queueSizes.count }
-    var offeredFeatures: UInt64 { balloon.offeredFeatures & featureMask }
+    var offeredFeatures: UInt64 { balloon.offeredFeatures }
 
     func checkQueue(_ index: UInt32) throws(PluginError) -> Int {
         guard index < UInt32(queueCount) else { throw .argument("there is no queue \(index)") }

@@ -21,7 +21,6 @@ final class Backend {
     private var protocolFeatures: UInt64 = 0
     private var log: SharedDirtyLog?
     private var status: UInt8 = 0
-    private var hasStatus = false
     private(set) var rings: [Ring]
     let signals = SignalBox()
     /// What is live is not what the front end wants.
@@ -34,11 +33,13 @@ final class Backend {
     private(set) var refusedMessages: UInt64 = 0
     private(set) var frontEnds: UInt64 = 0
 
-    init(addressLimit: UInt64, log sink: @escaping @Sendable (String) -> Void) throws(VhostUserFailure) {
+    init(
+        features: UInt64, addressLimit: UInt64, log sink: @escaping @Sendable (String) -> Void
+    ) throws(VhostUserFailure) {
         self.addressLimit = addressLimit
         complain = RateLimitedLog(sink)
         memory = try Self.standIn()
-        device = BalloonDevice(memory: memory, log: sink)
+        device = BalloonDevice(memory: memory, features: features, log: sink)
         rings = Array(repeating: Ring(), count: device.queueSizes.count)
     }
 
@@ -185,12 +186,10 @@ final class Backend {
 
     private func setStatus(_ value: UInt64) throws(Refusal) {
         guard value <= 0xff else { throw Refusal("status \(value)") }
-        hasStatus = true
         if value == 0 {
             // A front end says so when it stops the device, whether or not the driver reset it.
             forgetDriver()
         } else {
-            if (status ^ UInt8(value)) & UInt8(DeviceStatus.driverOK.rawValue) != 0 { isUnsettled = true }
             status = UInt8(value)
         }
     }
@@ -405,9 +404,8 @@ final class Backend {
         for index in rings.indices { rings[index].stop() }
         signals.end()
         device = BalloonDevice(memory: memory, succeeding: device, keepingPages: !driverMayBeGone)
-        let isReady = features & VirtioFeature.version1 != 0
-            && (!hasStatus || status & UInt8(DeviceStatus.driverOK.rawValue) != 0)
-        guard isReady, !table.regions.isEmpty, device.accepts(features: features) else { return }
+        // Not the status: QEMU's generic device never says DRIVER_OK, and its rings are enabled all the same.
+        guard features & VirtioFeature.version1 != 0, !table.regions.isEmpty, device.accepts(features: features) else { return }
         var queues: [VirtQueue?] = []
         for index in rings.indices {
             rings[index].live = rings[index].isStarted ? makeQueue(index) : nil
@@ -475,7 +473,6 @@ final class Backend {
         features = 0
         protocolFeatures = 0
         log = nil
-        hasStatus = false
         if let standIn = try? Self.standIn() { memory = standIn }
         settle()
     }

@@ -98,8 +98,7 @@ final class HintServer {
             body.put(UInt64(backend.isLive ? backend.memory.ramPages : 0))
             answer(client, code, .ok, 0, body)
         case .request:
-            if let other = clients.first(where: { $0 !== client && isOpen($0, backend) }) {
-                _ = other
+            if clients.contains(where: { $0 !== client && isOpen($0, backend) }) {
                 return answer(client, code, .busy, 0, text: "another client has a window open")
             }
             if let refusal = backend.refusal { return answer(client, code, .refused, 0, text: refusal) }
@@ -161,7 +160,7 @@ final class HintServer {
         }
         guard window.device === backend.device, window.device.isReportPending(window.request) else {
             client.deadline = nil
-            client.window = nil
+            closeWindow(client)
             return answer(client, code, .failed, request, text: "the guest gave up, or its device was reset")
         }
         guard monotonicMilliseconds() >= deadline else { return }

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+internal import Balloon
 internal import CLinux
 internal import Synchronization
 
@@ -18,6 +19,8 @@ public final class VhostUserService: Sendable {
         public var hintSocket: String?
         /// Bytes of guest-physical address space, a front end may use: bounds the memory for bitmaps (1/32768 each).
         public var addressLimit: UInt64 = 1 << 40
+        /// What the balloon offers, of `BalloonFeature`.
+        public var features: UInt64 = BalloonFeature.standard
         /// Pages of 4 KiB the balloon is to have from the beginning.
         public var target: UInt32 = 0
         public init(socket: String, hintSocket: String? = nil) {
@@ -57,7 +60,7 @@ public final class VhostUserService: Sendable {
             listener.remove()
             hintListener?.remove()
         }
-        let backend = try Backend(addressLimit: options.addressLimit, log: log)
+        let backend = try Backend(features: options.features, addressLimit: options.addressLimit, log: log)
         backend.device.setTarget(pages: options.target)
         let hints = HintServer()
         var connection: Connection?

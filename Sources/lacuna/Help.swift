@@ -37,7 +37,8 @@ let help = """
       relay    ADDRESS     joins its standard input and output with ADDRESS
 
     The balloon device for another VMM (vhost-user), and its hints:
-      vhost-user  --socket PATH [--hint-socket PATH] [--target SIZE] [--user NAME] [--address-limit SIZE]
+      vhost-user  --socket PATH [--hint-socket PATH] [--target SIZE] [--balloon FEATURES] [--user NAME]
+                  [--address-limit SIZE]
       hints status|poll|request|target  --hint-socket PATH [--timeout MS] [--size SIZE]
 
     Measure:

@@ -8,13 +8,14 @@ import VhostUser
 enum VhostUserCommand {
     static func run(_ words: ArraySlice<String>) throws(Complaint) {
         let arguments = try Arguments(
-            words, options: ["socket", "hint-socket", "target", "address-limit", "user"], flags: [])
+            words, options: ["socket", "hint-socket", "target", "address-limit", "user", "balloon"], flags: [])
         var options = VhostUserService.Options(
             socket: try arguments.required("socket"), hintSocket: arguments["hint-socket"])
         if let limit = try arguments.size("address-limit") {
             guard (1 << 20...1 << 46).contains(limit) else { throw .usage("--address-limit takes 1M to 64T") }
             options.addressLimit = limit
         }
+        if let features = arguments["balloon"] { options.features = try balloonFeatures(features) }
         if let target = try arguments.size("target") {
             guard target % 4096 == 0, let pages = UInt32(exactly: target / 4096) else {
                 throw .usage("--target takes whole pages of 4 KiB, less than 16T")

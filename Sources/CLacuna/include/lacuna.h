@@ -85,7 +85,10 @@ struct lacuna_device_config {
      * 1/32768 of the highest region's end.
      */
     uint64_t address_limit;
-    /* Balloon features to offer, as a mask of virtio feature bits; 0: all there are. VERSION_1 is always offered. */
+    /*
+     * Balloon features to offer, as a mask of virtio feature bits; 0: all but DEFLATE_ON_OOM and PAGE_REPORTING, which a
+     * guest pays for. VERSION_1 is always offered.
+     */
     uint64_t features;
     /* Handed to every callback. */
     void *context;
