@@ -44,7 +44,9 @@ final class PluginDevice: @unchecked Sendable {
         self.host = host
         self.limit = limit
         memory = try Self.standIn()
-        balloon = BalloonDevice(memory: memory, features: features == 0 ? BalloonFeature.standard : features) {
+        // Split rings: lacuna_queue has no place for the wrap counters of packed ones.
+        let offered = features == 0 ? BalloonFeature.standard : features & ~VirtioFeature.packedRing
+        balloon = BalloonDevice(memory: memory, features: offered) {
             host.log(LACUNA_LOG_WARNING, $0)
         }
         let count = balloon.queueSizes.count
@@ -104,8 +106,7 @@ final class PluginDevice: @unchecked Sendable {
     private func make(_ state: VirtQueueState, _ memory: GuestMemory) throws(PluginError) -> VirtQueue {
         do throws(VirtQueueError) {
             return try VirtQueue(
-                memory: memory, state: state, maximumSize: balloon.queueSizes[0],
-                allowsIndirect: (features ?? 0) & VirtioFeature.indirectDescriptors != 0)
+                memory: memory, state: state, maximumSize: balloon.queueSizes[0], features: features ?? 0)
         } catch { throw PluginError(LACUNA_ERROR_QUEUE, "\(error)") }
     }
 

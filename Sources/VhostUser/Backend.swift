@@ -39,7 +39,8 @@ final class Backend {
         self.addressLimit = addressLimit
         complain = RateLimitedLog(sink)
         memory = try Self.standIn()
-        device = BalloonDevice(memory: memory, features: features, log: sink)
+        // A packed ring does not say how far it got, so that a device that takes over could not know.
+        device = BalloonDevice(memory: memory, features: features & ~VirtioFeature.packedRing, log: sink)
         rings = Array(repeating: Ring(), count: device.queueSizes.count)
     }
 
@@ -435,7 +436,7 @@ final class Backend {
                 state: VirtQueueState(
                     size: ring.size, descriptors: descriptors, available: available, used: used, nextAvailable: nextUsed,
                     nextUsed: nextUsed),
-                maximumSize: 32768, allowsIndirect: features & VirtioFeature.indirectDescriptors != 0)
+                maximumSize: 32768, features: features)
         } catch {
             complain("ring \(index) cannot be served: \(error)")
             signals.state.withLock { $0.errors[index]?.signal() }
