@@ -10,34 +10,26 @@ import Testing
 @Suite struct ControlTests {
     private final class Number: Sendable { let value = Atomic<Int>(0) }
 
-    /// A guest that writes one page after the other for as long as it runs, and notes how often it was slowed down.
+    /// A guest that has written every page again whenever a round ends, unless it was slowed down enough.
     private final class BusyGuest: OutgoingGuest {
         let inner: MiniGuest
         let throttles = Mutex<[Int]>([])
-        private let microseconds = Number()
 
         init(_ inner: MiniGuest) {
             self.inner = inner
-            let next = Number()
-            let pages = inner.pages
-            inner.writers.withLock {
-                $0 = [{ [microseconds] guest in
-                    let turn = next.value.add(1, ordering: .relaxed).newValue
-                    guest.write(UInt64(turn) | 1 << 63, page: pages[turn % pages.count], offset: 8)
-                    let pause = microseconds.value.load(ordering: .relaxed)
-                    if pause > 0 { usleep(UInt32(pause)) }
-                }]
-            }
+            for page in inner.pages { inner.fill(page: page, seed: 1) }
         }
         var memory: GuestMemory { inner.memory }
         var machineDescription: [UInt8] { inner.machineDescription }
         func pause() throws(PartFailure) { try inner.pause() }
         func resume() throws(PartFailure) { try inner.resume() }
         func saveState() throws(PartFailure) -> [StateSection] { try inner.saveState() }
-        func throttle(percent: Int) {
-            throttles.withLock { $0.append(percent) }
-            // As a slowed guest does: next to nothing from the second step on.
-            microseconds.value.store(percent >= 30 ? 100_000 : 0, ordering: .relaxed)
+        func throttle(percent: Int) { throttles.withLock { $0.append(percent) } }
+
+        /// For the source to call with its progress.
+        func act(_ progress: MigrationProgress, _ round: MigrationRound?) {
+            guard let round, !round.stopped, throttles.withLock({ $0.last ?? 0 }) < 30 else { return }
+            for page in inner.pages { inner.write(UInt64(round.number) | 1 << 63, page: page, offset: 8) }
         }
     }
 
@@ -51,12 +43,10 @@ import Testing
 
     @Test func aBusyGuestConvergesWhenItIsSlowedDown() throws {
         let guest = BusyGuest(try MiniGuest())
-        for page in guest.inner.pages { guest.inner.fill(page: page, seed: 1) }
-        guest.inner.startWriters()
         var options = narrow()
         options.autoConverge = true
         let place = MiniPlace()
-        let source = MigrationSource(guest: guest, trackers: [guest.inner.tracker], options: options)
+        let source = MigrationSource(guest: guest, trackers: [guest.inner.tracker], options: options, progress: guest.act)
         let report = try migrate(source, to: MigrationReceiver(guest: place)).source.get()
         #expect(report.throttlePercent >= 30)
         #expect(report.rounds.contains { $0.throttlePercent == 20 })
@@ -69,10 +59,9 @@ import Testing
 
     @Test func aBusyGuestStaysWhenTheTimeIsOver() throws {
         let guest = BusyGuest(try MiniGuest())
-        guest.inner.startWriters()
         var options = narrow()
         options.timeoutMilliseconds = 700
-        let source = MigrationSource(guest: guest, trackers: [guest.inner.tracker], options: options)
+        let source = MigrationSource(guest: guest, trackers: [guest.inner.tracker], options: options, progress: guest.act)
         let place = MiniPlace()
         let ends = try migrate(source, to: MigrationReceiver(guest: place))
         guard case .failure(.notConverging(700, let dirtied, _)) = ends.source else {
@@ -86,13 +75,11 @@ import Testing
 
     @Test func aBusyGuestIsForcedWhenTheTimeIsOver() throws {
         let guest = BusyGuest(try MiniGuest())
-        for page in guest.inner.pages { guest.inner.fill(page: page, seed: 1) }
-        guest.inner.startWriters()
         var options = narrow()
         options.timeoutMilliseconds = 700
         options.timeoutAction = .force
         let place = MiniPlace()
-        let source = MigrationSource(guest: guest, trackers: [guest.inner.tracker], options: options)
+        let source = MigrationSource(guest: guest, trackers: [guest.inner.tracker], options: options, progress: guest.act)
         let report = try migrate(source, to: MigrationReceiver(guest: place)).source.get()
         #expect(report.rounds.last?.stopped == true)
         let arrived = try #require(place.guest)
