@@ -44,7 +44,8 @@ let package = Package(
             name: "Vhost", dependencies: ["CLinux", "GuestMemory", "Virtio"], swiftSettings: guestFacing),
         .target(name: "Migration", dependencies: ["CLinux", "GuestMemory"], swiftSettings: common),
         .target(
-            name: "Machine", dependencies: ["CLinux", "GuestMemory", "Virtio", "Balloon", "KVM", "Migration", "Vhost"],
+            name: "Machine",
+            dependencies: ["CLacuna", "CLinux", "GuestMemory", "Virtio", "Balloon", "KVM", "Migration", "Vhost"],
             swiftSettings: common),
         .target(
             name: "DirtyBench", dependencies: ["CLinux", "GuestMemory", "KVM", "Machine", "Migration"],
@@ -63,6 +64,9 @@ let package = Package(
         .testTarget(name: "BalloonTests", dependencies: ["Balloon", "GuestMemory", "TestSupport"], swiftSettings: common),
         .testTarget(
             name: "VhostUserTests", dependencies: ["Balloon", "CLinux", "GuestMemory", "TestSupport", "VhostUser", "Virtio"],
+            swiftSettings: common),
+        .executableTarget(
+            name: "lacuna-figures", dependencies: ["Balloon", "CLacuna", "CLinux", "GuestMemory"], path: "Tests/Figures",
             swiftSettings: common),
         .testTarget(name: "MigrationTests", dependencies: ["GuestMemory", "Migration", "TestSupport"], swiftSettings: common),
         .testTarget(name: "MachineTests", dependencies: ["CLinux", "GuestMemory", "KVM", "Machine", "Migration", "TestSupport"], swiftSettings: common),

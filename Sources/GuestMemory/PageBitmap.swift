@@ -172,6 +172,17 @@ internal import CLinux
         return unsafe try body(UnsafeMutableBufferPointer(start: storage, count: wordCount))
     }
 
+    /// The words, to be read only. Not for keeping.
+    public func withUnsafeReadOnlyWords<Result>(
+        _ body: (UnsafeBufferPointer<UInt64>) throws -> Result
+    ) rethrows -> Result { unsafe try body(UnsafeBufferPointer(start: storage, count: wordCount)) }
+
+    /// False if all 64 words from `64 * block` on are clear.
+    public func mayHaveBits(inBlock block: Int) -> Bool {
+        precondition(block >= 0 && block < summaryCount)
+        return unsafe summary[block] != 0
+    }
+
     // MARK: At the same time as others
 
     /// Sets the bits of `pages` while others may do this and `clearOwn` to pages of other words. Whoever searches or

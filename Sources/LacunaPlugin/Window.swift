@@ -74,22 +74,25 @@ final class PluginWindow: Sendable {
     func subtract(_ free: PageBitmap) -> Int {
         if let cleared = unsafe cleared { unsafe cleared.update(repeating: 0, count: (bits + 63) / 64) }
         guard framesPerBit == 1 else { return subtractLargePages(free) }
-        return unsafe free.withUnsafeWords { mask -> Int in
+        return unsafe free.withUnsafeReadOnlyWords { mask -> Int in
             var count = 0, index = 0
             let whole = bits / 64
             if firstFrame % 64 == 0 {
-                // Words line up: the whole run at once.
+                // Words line up. Blocks of 64 words without a bit are passed over.
                 let offset = firstFrame / 64, run = max(0, min(whole, mask.count - offset))
-                if run > 0, let base = mask.baseAddress {
-                    let from = unsafe base + offset
-                    if isShared {
-                        count += unsafe lacuna_plugin_and_not_shared(words, from, cleared, run)
-                    } else if let cleared = unsafe cleared {
-                        count += unsafe lacuna_plugin_and_not_noting(words, from, cleared, run)
-                    } else {
-                        count += unsafe lacuna_and_not(words, from, run)
+                while index < run {
+                    let block = (offset + index) / 64
+                    var next = min((block + 1) * 64 - offset, run)
+                    if free.mayHaveBits(inBlock: block) {
+                        // As many full blocks as follow one another, in one go.
+                        while next < run, free.mayHaveBits(inBlock: (offset + next) / 64) {
+                            next = min(next + 64, run)
+                        }
+                        if let base = mask.baseAddress {
+                            unsafe count += subtract(base + offset + index, at: index, next - index)
+                        }
                     }
-                    index = run
+                    index = next
                 }
             }
             while index * 64 < bits {
@@ -104,6 +107,14 @@ final class PluginWindow: Sendable {
             }
             return count
         }
+    }
+
+    private func subtract(_ mask: UnsafePointer<UInt64>, at index: Int, _ count: Int) -> Int {
+        if isShared {
+            return unsafe lacuna_plugin_and_not_shared(words + index, mask, cleared.map { unsafe $0 + index }, count)
+        }
+        guard let cleared = unsafe cleared else { return unsafe lacuna_and_not(words + index, mask, count) }
+        return unsafe lacuna_plugin_and_not_noting(words + index, mask, cleared + index, count)
     }
 
     private func clear(_ mask: UInt64, _ index: Int) -> Int {

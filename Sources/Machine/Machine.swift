@@ -16,6 +16,8 @@ public struct MachineConfiguration: Sendable, Equatable {
     public var vcpus: Int
     /// What the balloon offers, of `BalloonFeature`.
     public var balloonFeatures = BalloonFeature.standard
+    /// The path of a liblacuna.so to take the balloon from; not a property of the guest.
+    public var balloonPlugin: String?
     /// The guest's vsock address on this host, 3 up; nil: a guest without vsock.
     public var vsockCID: UInt32?
     /// How this host finds dirty pages; not a property of the guest.
@@ -67,6 +69,8 @@ public final class Machine: Sendable {
     public let configuration: MachineConfiguration
     public let memory: GuestMemory
     public let balloon: BalloonDevice
+    /// In the balloon's place, if the configuration has one; the other then has no driver.
+    public let plugin: PluginBalloon?
     let vm: VirtualMachine
     let cpuid: [CPUIDEntry]
     let vcpus: [VCPU]
@@ -157,7 +161,10 @@ public final class Machine: Sendable {
             let remedy = error.errno == EADDRINUSE ? "choose another --vsock-cid" : "load vhost_vsock, or leave out --vsock-cid"
             throw MachineError("cannot give the guest a vsock device: \(error); \(remedy)")
         }
-        let devices: [any VirtioDevice] = [balloon] + (vsock.map { [$0] } ?? [])
+        plugin = try configuration.balloonPlugin.map { [memory] path throws(MachineError) in
+            try PluginBalloon(path: path, memory: memory, features: configuration.balloonFeatures)
+        }
+        let devices: [any VirtioDevice] = [plugin ?? balloon] + (vsock.map { [$0] } ?? [])
         transports = devices.enumerated().map { [memory] index, device in
             let pulse = EdgeLine(vm: vm, line: Layout.virtioLine + UInt32(index))
             return MMIOTransport(device: device, memory: memory) { pulse.raise() }

@@ -37,7 +37,7 @@ public final class OutgoingMachine: OutgoingGuest {
     public var trackers: [any DirtyTracker] {
         [machine.makeDirtyTracker()] + (machine.vsock.map { [VhostTracker($0)] } ?? [])
     }
-    public var hinter: any FreePageHinter { BalloonHinter(machine.balloon) }
+    public var hinter: any FreePageHinter { machine.plugin.map(PluginHinter.init) ?? BalloonHinter(machine.balloon) }
 
     public func pause() throws(PartFailure) {
         guard machine.pause() else { throw PartFailure("the guest ended while it was being migrated") }
@@ -54,21 +54,25 @@ public final class IncomingMachine: IncomingGuest {
     private let expected: (memorySize: UInt64?, vcpus: Int?)
     private let tracking: DirtyTracking
     private let vsockCID: UInt32?
+    private let balloonPlugin: String?
     private let made = Mutex<Machine?>(nil)
     private let isFromFile = Mutex(false)
     private let backing: MemoryBacking
 
     /// `memorySize` and `vcpus`, where given, are what the operator allows; another machine is refused. `tracking` is for
-    /// this machine's next migration; a guest with vsock gets the address `vsockCID` here.
+    /// this machine's next migration; a guest with vsock gets the address `vsockCID` here. The balloon comes from
+    /// `balloonPlugin`, the path of a liblacuna.so, if it did at the source.
     public init(
         console: Int32, memorySize: UInt64?, vcpus: Int?, tracking: DirtyTracking = .bitmap, vsockCID: UInt32? = nil,
-        backing: MemoryBacking = .anonymous
+        backing: MemoryBacking = .anonymous,
+        balloonPlugin: String? = nil
     ) {
         self.console = console
         self.backing = backing
         expected = (memorySize, vcpus)
         self.tracking = tracking
         self.vsockCID = vsockCID
+        self.balloonPlugin = balloonPlugin
     }
 
     /// The machine, once the source described it.
@@ -92,6 +96,7 @@ public final class IncomingMachine: IncomingGuest {
             let description = try MachineDescription(decoding: machineDescription)
             var configuration = description.configuration
             configuration.dirtyTracking = tracking
+            configuration.balloonPlugin = balloonPlugin
             if description.virtioDevices.contains(vsockDeviceID) {
                 guard let vsockCID else {
                     throw PartFailure("the guest has a vsock device, and the destination no address for it; start it with --vsock-cid")

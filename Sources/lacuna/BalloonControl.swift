@@ -97,6 +97,9 @@ struct BalloonReport: Codable, Sendable {
 extension RunningGuest {
     func answerBalloon(_ request: BalloonRequest?, _ machine: Machine) throws(Complaint) -> BalloonAnswer {
         guard let request else { throw Complaint("the request does not say what to do with the balloon") }
+        guard machine.plugin == nil else {
+            throw Complaint("the balloon is a plugin's, which these commands cannot reach; start the guest without --balloon plugin:")
+        }
         let balloon = machine.balloon
         switch request.action {
         case .status: break

@@ -60,7 +60,8 @@ let help = """
                            for `run` and `receive`
       --balloon FEATURES   what the balloon offers, separated by commas: must-tell-host, stats, deflate-on-oom,
                            free-page-hint, page-poison, page-reporting, free-page-bitmap; and of the rings indirect,
-                           event-index, packed (all but deflate-on-oom, page-reporting, event-index and packed)
+                           event-index, packed (all but deflate-on-oom, page-reporting, event-index and packed);
+                           with plugin:PATH at the end, or alone, the balloon out of that liblacuna.so
       --listen ADDRESS     unix:PATH or tcp:HOST:PORT, neither encrypted nor authenticated; or fd:N, or file:PATH
       --to ADDRESS         where `lacuna receive` listens; or fd:N, exec:COMMAND, or file:PATH, which ends the guest
       --full               read and check all of the file before the guest starts, instead of each page when it is needed

@@ -96,7 +96,8 @@ enum Host {
         var configuration = MachineConfiguration(
             memorySize: try arguments.size("memory") ?? 512 << 20, vcpus: try arguments.integer("cpus", in: 1...8) ?? 1)
         configuration.backing = try memoryBacking(arguments)
-        if let features = arguments["balloon"] { configuration.balloonFeatures = try balloonFeatures(features) }
+        let balloon = try BalloonOption(parsing: arguments["balloon"])
+        (configuration.balloonFeatures, configuration.balloonPlugin) = (balloon.features, balloon.plugin)
         configuration.dirtyTracking = try arguments.dirtyTracking()
         configuration.vsockCID = try arguments.vsockCID()
         let console = try openConsole(arguments["console"] ?? "stdio")
@@ -120,12 +121,14 @@ enum Host {
             words,
             options: Arguments.trackerOptions.union([
                 "listen", "kernel", "initramfs", "cmdline", "memory", "cpus", "control", "console", "memory-backing",
+                "balloon",
             ]), flags: [])
         let kernel = try Kernel(arguments)
         let incoming = IncomingMachine(
             console: try openConsole(arguments["console"] ?? "stdio"), memorySize: try arguments.size("memory"),
             vcpus: try arguments.integer("cpus", in: 1...8), tracking: try arguments.dirtyTracking(),
-            vsockCID: try arguments.vsockCID(), backing: try memoryBacking(arguments))
+            vsockCID: try arguments.vsockCID(), backing: try memoryBacking(arguments),
+            balloonPlugin: try BalloonOption(parsing: arguments["balloon"]).plugin)
         let text = try arguments.required("listen")
         let special = try SpecialChannel(parsing: text)
         if case .file(let path)? = special {

@@ -143,7 +143,7 @@ final class RunningGuest: Sendable {
         let activity = migrating && machine.activity == .running ? "migrating" : machine.activity.rawValue
         return MachineStatus(
             activity: activity, reason: reason, memoryMiB: machine.configuration.memorySize >> 20,
-            vcpus: machine.configuration.vcpus, hintRefusal: machine.balloon.refusal)
+            vcpus: machine.configuration.vcpus, hintRefusal: machine.plugin.map(\.refusal) ?? machine.balloon.refusal)
     }
 
     /// Takes the right to be the one migration of this guest, and tells the guest to move.

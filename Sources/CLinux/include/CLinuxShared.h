@@ -4,10 +4,12 @@
 #ifndef CLINUX_SHARED_H
 #define CLINUX_SHARED_H
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/auxv.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/types.h>
