@@ -160,7 +160,8 @@ private func inflateAndDeflate(_ stage: Stage, _ kernel: GuestKernel) throws(Fai
     let after = try stage.view(guest)
     try expect(empty.actualBytes == 0 && empty.inflatedBytes == 0, "the balloon still holds \(empty.inflatedBytes)")
     try expect(after.bytes("MemTotal") == before.bytes("MemTotal"), "MemTotal \(before.bytes("MemTotal")) -> \(after.bytes("MemTotal"))")
-    try expect(after.bytes("MemFree") > before.bytes("MemFree") - (32 << 20), "MemFree \(before.bytes("MemFree")) -> \(after.bytes("MemFree"))")
+    // What the CPUs hold back does not count as free: with 6.12 tens of megabytes after so much was freed.
+    try expect(after.bytes("MemFree") > before.bytes("MemFree") - (96 << 20), "MemFree \(before.bytes("MemFree")) -> \(after.bytes("MemFree"))")
     try expect(after["balloon_deflate"] == during["balloon_inflate"], "balloon_deflate \(after["balloon_deflate"])")
     try expect(empty.counters.faults == 0, "faults: \(empty.counters)")
     // What came back is memory like any other.
