@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 import CLinux
 import Machine
+import Migration
 
 /// Nanoseconds of the monotonic clock.
 func nanoseconds() -> UInt64 {

@@ -4,13 +4,13 @@ internal import CLinux
 /// State behind a lock, with a way to wait for it to change: `Mutex` has no condition to wait on.
 ///
 /// Thread rules: any thread; not recursive.
-final class Monitor<State>: @unchecked Sendable {
+package final class Monitor<State>: @unchecked Sendable {
     // Sendable: `state` is touched only with `mutex` held. The pthread objects must not move, so they live on the heap.
     private let mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
     private let condition = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
     private var state: State
 
-    init(_ state: State) {
+    package init(_ state: State) {
         self.state = state
         pthread_mutex_init(mutex, nil)
         var attributes = pthread_condattr_t()
@@ -29,7 +29,7 @@ final class Monitor<State>: @unchecked Sendable {
     }
 
     /// Looks at the state; nobody is woken.
-    func read<Result>(_ body: (State) -> Result) -> Result {
+    package func read<Result>(_ body: (State) -> Result) -> Result {
         pthread_mutex_lock(mutex)
         defer { pthread_mutex_unlock(mutex) }
         return body(state)
@@ -37,7 +37,7 @@ final class Monitor<State>: @unchecked Sendable {
 
     /// Changes the state and wakes everybody who waits.
     @discardableResult
-    func update<Result>(_ body: (inout State) -> Result) -> Result {
+    package func update<Result>(_ body: (inout State) -> Result) -> Result {
         pthread_mutex_lock(mutex)
         defer {
             pthread_cond_broadcast(condition)
@@ -46,15 +46,26 @@ final class Monitor<State>: @unchecked Sendable {
         return body(&state)
     }
 
-    /// Waits until `body` returns a value, for at most `milliseconds` (0 to a day); nil if it never did. Where it takes
+    /// Waits until `body` returns a value. It is called under the lock, once at first and after each update.
+    package func wait<Result>(until body: (inout State) -> Result?) -> Result {
+        pthread_mutex_lock(mutex)
+        defer { pthread_mutex_unlock(mutex) }
+        while true {
+            if let result = body(&state) { return result }
+            pthread_cond_wait(condition, mutex)
+        }
+    }
+
+    /// The same for at most `nanoseconds` (a day at the most); nil if `body` never returned a value. Where it takes
     /// something out of the state that others wait for, `wakes` wakes them.
-    func wait<Result>(milliseconds: Int, wakes: Bool = false, until body: (inout State) -> Result?) -> Result? {
+    package func wait<Result>(
+        nanoseconds: UInt64, wakes: Bool = false, until body: (inout State) -> Result?
+    ) -> Result? {
         var limit = timespec()
         clock_gettime(CLOCK_MONOTONIC, &limit)
-        let bound = max(0, min(milliseconds, 86_400_000))
-        let nanoseconds = limit.tv_nsec + bound % 1000 * 1_000_000
-        limit.tv_sec += bound / 1000 + nanoseconds / 1_000_000_000
-        limit.tv_nsec = nanoseconds % 1_000_000_000
+        let end = UInt64(limit.tv_nsec) + min(nanoseconds, 86_400 * 1_000_000_000)
+        limit.tv_sec += Int(end / 1_000_000_000)
+        limit.tv_nsec = Int(end % 1_000_000_000)
         pthread_mutex_lock(mutex)
         defer {
             if wakes { pthread_cond_broadcast(condition) }
@@ -65,10 +76,17 @@ final class Monitor<State>: @unchecked Sendable {
             if pthread_cond_timedwait(condition, mutex, &limit) != 0 { return body(&state) }
         }
     }
+
+    /// The same with a limit in milliseconds; less than 0 counts as 0.
+    func wait<Result>(milliseconds: Int, wakes: Bool = false, until body: (inout State) -> Result?) -> Result? {
+        wait(nanoseconds: UInt64(max(0, min(milliseconds, 86_400_000))) * 1_000_000, wakes: wakes, until: body)
+    }
 }
 
 /// Starts a detached thread. Throws `machineFailed` where the system has no room for one more.
-func startThread(named name: String, _ body: @escaping @Sendable () -> Void) throws(MigrationError) {
+package func startThreadIfPossible(
+    named name: String, _ body: @escaping @Sendable () -> Void
+) throws(MigrationError) {
     final class Body: Sendable {
         let name: String
         let run: @Sendable () -> Void

@@ -139,7 +139,7 @@ final class ReceivingLanes: Sendable {
     private func run(named name: String, _ body: @escaping @Sendable () -> Void) throws(MigrationError) {
         state.update { $0.threads += 1 }
         do {
-            try startThread(named: name) { [self] in
+            try startThreadIfPossible(named: name) { [self] in
                 body()
                 state.update { $0.threads -= 1 }
             }

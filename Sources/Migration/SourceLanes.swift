@@ -96,7 +96,7 @@ final class SourceLanes: Sendable {
             }
             lane.state.update { $0.isGone = false }
             do {
-                try startThread(named: "lane \(number)") { [self] in
+                try startThreadIfPossible(named: "lane \(number)") { [self] in
                     // Made here: a sender belongs to its thread.
                     let writer = FrameWriter(lane.channel, idleMilliseconds: idleMilliseconds)
                     let sender = PageSender(
