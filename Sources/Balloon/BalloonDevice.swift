@@ -46,6 +46,11 @@ public final class BalloonDevice: VirtioDevice {
         var window: HintWindow?
         /// The driver may be holding hinted pages until it is told DONE.
         var hasHints = false
+        /// The driver was told DONE and has not read that yet. One that never sees it, because the next id overwrote it,
+        /// keeps all it hinted and has nothing left to hint.
+        var isDoneUnread = false
+        /// The command id that takes DONE's place once that was read.
+        var queuedHint: UInt32?
         /// The command id that the driver's hints belong to.
         var hintStream: UInt32?
         var lists: PageLists
@@ -129,7 +134,20 @@ public final class BalloonDevice: VirtioDevice {
     }
 
     public func readConfiguration(offset: Int, count: Int) -> UInt64 {
-        let fields = monitor.withLock { [$0.target, $0.actual, $0.hintCommand, $0.poison, $0.bitmapCommand] }
+        let command = ConfigurationField.hintCommand
+        // Compared without a sum that a transport's offset could overflow.
+        let readsCommand = count > 0 && offset < command + 4 && offset > command - min(count, 8)
+        let (fields, signals): ([UInt32], DeviceSignals?) = monitor.withLock { state in
+            let fields = [state.target, state.actual, state.hintCommand, state.poison, state.bitmapCommand]
+            guard readsCommand, state.isDoneUnread else { return (fields, nil) }
+            state.isDoneUnread = false
+            guard let queued = state.queuedHint else { return (fields, nil) }
+            state.queuedHint = nil
+            state.hintCommand = queued
+            return (fields, state.signals)
+        }
+        // Linux gives back what it holds in the same turn in which it read DONE, and looks again for this.
+        signals?.configurationChanged()
         var value: UInt64 = 0
         for byte in 0..<min(max(count, 0), 8) {
             let (place, overflow) = offset.addingReportingOverflow(byte)

@@ -109,7 +109,8 @@ extension BalloonDevice {
     }
 
     /// Asks for a report and returns the request's id. An earlier request is void from here on. The caller has armed
-    /// dirty tracking before (rule W1). A driver that hints holds what it hinted until `releaseHints`.
+    /// dirty tracking before (rule W1). A driver that hints holds what it hinted until `releaseHints`, and is asked only
+    /// when it has read that. Does not wait.
     public func openWindow() -> UInt32 {
         let frames = memory.frameCount
         let (request, signals) = monitor.withLock { state in
@@ -122,7 +123,7 @@ extension BalloonDevice {
             switch method {
             case .bitmap: state.bitmapCommand = request
             case .freePageHint:
-                state.hintCommand = request
+                if state.isDoneUnread { state.queuedHint = request } else { state.hintCommand = request }
                 state.hasHints = true
             }
             state.counters.requests &+= 1
@@ -175,7 +176,9 @@ extension BalloonDevice {
             state.window = nil  // W2: what comes from now on has no window to go into.
             switch window.method {
             case .bitmap: state.bitmapCommand = Self.stop
-            case .freePageHint: state.hintCommand = Self.stop
+            case .freePageHint:
+                state.queuedHint = nil
+                if !state.isDoneUnread { state.hintCommand = Self.stop }
             }
             return state.signals
         }
@@ -191,6 +194,7 @@ extension BalloonDevice {
             guard state.hasHints else { return nil }
             state.hasHints = false
             state.hintCommand = Self.done
+            state.isDoneUnread = true
             return state.signals
         }
         signals?.configurationChanged()
@@ -234,6 +238,8 @@ extension BalloonDevice {
             // The migration that wanted the hints is over: the driver may let go of them. The transport tells it that
             // the configuration changed.
             state.hintCommand = hasHints || isDone ? Self.done : Self.stop
+            state.isDoneUnread = hasHints || isDone
+            state.queuedHint = nil
             state.hasHints = false
             state.hintStream = nil
             state.window = nil

@@ -20,6 +20,7 @@ extension BalloonDevice {
             // A driver that holds hinted pages is told DONE when it looks next: the request it knows is over.
             state.hasHints = false
             state.hintCommand = previous.hasHints ? Self.done : previous.hintCommand
+            state.isDoneUnread = state.hintCommand == Self.done
             state.statistics.forgetBuffer(from: previous.statistics)
             state.statisticsInterval = previous.statisticsInterval
             state.counters = previous.counters

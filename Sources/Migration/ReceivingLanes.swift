@@ -151,8 +151,11 @@ final class ReceivingLanes: Sendable {
 
     private func acceptAll() {
         let start = monotonicNanoseconds()
+        // Half of it: only this side knows which connections did not come, and the source, which waits for an answer with
+        // the same limit, is to hear that from it.
+        let limit = max(1, idle / 2)
         while true {
-            let left = max(1, idle - Int(milliseconds(since: start)))
+            let left = max(1, limit - Int(milliseconds(since: start)))
             do throws(MigrationError) {
                 try admit(try acceptor.accept(timeoutMilliseconds: left))
             } catch {
@@ -160,7 +163,7 @@ final class ReceivingLanes: Sendable {
                 // Whoever joins last closes the acceptor.
                 if missing == 0 { return }
                 if case .timedOut = error {
-                    fail(.timedOut("waiting for \(missing) of \(map.lanes) data connections", milliseconds: idle))
+                    fail(.timedOut("waiting for \(missing) of \(map.lanes) data connections", milliseconds: limit))
                 } else {
                     fail(error)
                 }

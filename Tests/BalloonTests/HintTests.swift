@@ -37,6 +37,41 @@ import Virtio
         #expect(command(bench) == 1)
     }
 
+    /// A driver that never sees DONE keeps what it hinted, and has nothing left to hint for the next request.
+    @Test func theNextRequestWaitsUntilDoneWasRead() throws {
+        let bench = StockBench()
+        let request = bench.device.openWindow()
+        bench.sayCommand(request)
+        bench.hint(512)
+        _ = bench.device.waitForReport(request, milliseconds: 0)
+        bench.device.releaseHints()
+        let next = bench.device.openWindow(), before = bench.interrupts.value
+        // Other fields are not it.
+        _ = bench.driver.configuration(0)
+        _ = bench.driver.configuration(12)
+        #expect(bench.interrupts.value == before)
+        #expect(command(bench) == 1)
+        // Told to look again, it finds the request.
+        #expect(bench.interrupts.value == before + 1 && command(bench) == next)
+        bench.sayCommand(next)
+        bench.hint(700)
+        #expect(pages(try #require(bench.device.waitForReport(next, milliseconds: 0)).pages) == [700])
+    }
+
+    @Test func aRequestThatIsTakenBackLeavesDoneStanding() {
+        let bench = StockBench()
+        _ = bench.device.openWindow()
+        bench.device.releaseHints()
+        _ = bench.device.openWindow()
+        bench.device.closeWindow()
+        #expect(command(bench) == 1 && command(bench) == 1)
+        bench.device.releaseHints()
+        _ = bench.device.openWindow()
+        // A driver that starts anew knows of nothing.
+        bench.driver.write(.status, 0)
+        #expect(command(bench) == 0)
+    }
+
     @Test func theDriversStopEndsTheReport() throws {
         let bench = StockBench()
         let request = bench.device.openWindow(), driver = bench.driver

@@ -161,7 +161,8 @@ private func inflateAndDeflate(_ stage: Stage, _ kernel: GuestKernel) throws(Fai
     try expect(empty.actualBytes == 0 && empty.inflatedBytes == 0, "the balloon still holds \(empty.inflatedBytes)")
     try expect(after.bytes("MemTotal") == before.bytes("MemTotal"), "MemTotal \(before.bytes("MemTotal")) -> \(after.bytes("MemTotal"))")
     // What the CPUs hold back does not count as free: with 6.12 tens of megabytes after so much was freed.
-    try expect(after.bytes("MemFree") > before.bytes("MemFree") - (96 << 20), "MemFree \(before.bytes("MemFree")) -> \(after.bytes("MemFree"))")
+    func free(_ view: View) -> Int { view.bytes("MemFree") + view["held"] << 12 }
+    try expect(free(after) > free(before) - (32 << 20), "free \(free(before)) -> \(free(after))")
     try expect(after["balloon_deflate"] == during["balloon_inflate"], "balloon_deflate \(after["balloon_deflate"])")
     try expect(empty.counters.faults == 0, "faults: \(empty.counters)")
     // What came back is memory like any other.
@@ -365,9 +366,10 @@ private func everything(_ stage: Stage, _ kernel: GuestKernel, rings: String) th
     let destination = try stage.receive("destination", at: "unix:channel")
     let report = try stage.migrate(source, to: destination, at: "unix:channel", flags: ["--skip-free-pages", "--hint-timeout", "10000"])
     try stage.checkConsole(source)
-    // At the least the balloon's pages; how much is free in blocks of 4 MiB so soon after the last hints is the guest's
-    // affair.
-    try expect(report.hintMethod == "free-page-hint" && report.skippedPages >= 64 << 8, "\(report.skippedPages) pages skipped")
+    // The balloon's pages, and hints besides: the driver was told DONE only just before, and has to have seen it.
+    say("\(report.skippedPages / 256) MiB skipped, 64 of them in the balloon")
+    try expect(
+        report.hintMethod == "free-page-hint" && report.skippedPages > 64 << 8 + 16 << 8, "\(report.skippedPages) pages skipped")
     // The device goes on where it was, in every ring.
     _ = try stage.balloon(destination, Statistics.self, "stats")
     let empty = try stage.balloon(destination, Status.self, "set", "--size", "0", "--wait", "200000")

@@ -162,7 +162,7 @@ check_complete()
 	[ "$after" -lt "$least" ] && least=$after
 	[ "$pages" -ge $((least * ${1:-97} / 100)) ] ||
 		fail "only $pages of $least free pages: $report"
-	[ "$pages" -le $((least + least / 20 + 8192 + held)) ] ||
+	[ "$pages" -le $((least + least / 20 + held + 1024)) ] ||
 		fail "$pages of $least free pages and $held held back: $report"
 }
 
