@@ -31,6 +31,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -57,6 +58,8 @@ static inline int lacuna_fcntl_getfl(int fd) { return fcntl(fd, F_GETFL); }
 // A descriptor of its own for the same file, close-on-exec.
 static inline int lacuna_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
 static inline int lacuna_errno(void) { return errno; }
+// pidfd_open(2): readable once the process has ended. Older glibc has no function for it.
+static inline int lacuna_pidfd_open(pid_t process) { return (int)syscall(SYS_pidfd_open, process, 0); }
 // lseek() to the next data or hole of a sparse file; <unistd.h> has the names with _GNU_SOURCE only.
 static const int lacuna_SEEK_DATA = 3;
 static const int lacuna_SEEK_HOLE = 4;

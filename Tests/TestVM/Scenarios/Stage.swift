@@ -12,16 +12,22 @@ final class Child {
     let name: String
     let pid: pid_t
     fileprivate var pipe: Int32
+    /// Readable once the process has ended.
+    private let process: Int32
     /// Whole lines so far, and what has come of the next.
     private(set) var lines: [String] = []
     private var partial: [UInt8] = []
     fileprivate(set) var status: Int32?
 
-    fileprivate init(name: String, pid: pid_t, pipe: Int32) {
+    fileprivate init(name: String, pid: pid_t, process: Int32, pipe: Int32) {
         self.name = name
         self.pid = pid
+        self.process = process
         self.pipe = pipe
     }
+
+    /// What to wait for: the next output, or the end of a process that has closed its output.
+    fileprivate var awaited: Int32 { pipe >= 0 ? pipe : process }
 
     fileprivate func take(_ bytes: ArraySlice<UInt8>) {
         for byte in bytes {
@@ -34,10 +40,15 @@ final class Child {
         }
     }
 
-    fileprivate func end() {
+    /// No more output. The process may take its time all the same, and nothing waits for it without a limit.
+    fileprivate func endOutput() {
         if !partial.isEmpty { take([0x0a]) }
         close(pipe)
         pipe = -1
+    }
+
+    fileprivate func end() {
+        close(process)
         var code: Int32 = 0
         while waitpid(pid, &code, 0) < 0 && errno == EINTR {}
         let signal = code & 0x7f
@@ -75,7 +86,13 @@ final class Stage {
             _ = CLinux.close(ends[0])
             throw Failure("cannot start \(command[0]): \(String(cString: strerror(result)))")
         }
-        let child = Child(name: name, pid: pid, pipe: ends[0])
+        let process = lacuna_pidfd_open(pid)
+        guard process >= 0 else {
+            let error = errno
+            _ = CLinux.close(ends[0])
+            throw Failure("pidfd_open: errno \(error)")
+        }
+        let child = Child(name: name, pid: pid, process: process, pipe: ends[0])
         children.append(child)
         return child
     }
@@ -87,19 +104,23 @@ final class Stage {
             if try done() { return true }
             let left = limit - now()
             if left <= 0 { return false }
-            let open = children.filter { $0.pipe >= 0 }
-            var polled = open.map { pollfd(fd: $0.pipe, events: Int16(POLLIN), revents: 0) }
+            let open = children.filter { $0.status == nil }
+            var polled = open.map { pollfd(fd: $0.awaited, events: Int16(POLLIN), revents: 0) }
             guard !open.isEmpty else { return try done() }
             if poll(&polled, nfds_t(polled.count), Int32(min(left, 3600) * 1000) + 1) < 0 { continue }
             var buffer = [UInt8](repeating: 0, count: 65536)
             for (child, entry) in zip(open, polled) where entry.revents != 0 {
+                guard child.pipe >= 0 else {
+                    child.end()
+                    continue
+                }
                 let count = read(child.pipe, &buffer, buffer.count)
                 if count > 0 {
                     let before = child.lines.count
                     child.take(buffer[..<count])
                     if echo { for line in child.lines[before...] { say("    [\(child.name)] \(line)") } }
                 } else if count == 0 || errno != EINTR {
-                    child.end()
+                    child.endOutput()
                 }
             }
         }
