@@ -68,7 +68,9 @@ let package = Package(
         .executableTarget(
             name: "lacuna-figures", dependencies: ["Balloon", "CLacuna", "CLinux", "GuestMemory"], path: "Tests/Figures",
             swiftSettings: common),
-        .testTarget(name: "MigrationTests", dependencies: ["GuestMemory", "Migration", "TestSupport"], swiftSettings: common),
+        .testTarget(
+            name: "MigrationTests", dependencies: ["CLinux", "GuestMemory", "Migration", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "CommandTests", dependencies: ["CLinux", "Machine", "Migration", "lacuna"], swiftSettings: common),
         .testTarget(name: "MachineTests", dependencies: ["CLinux", "GuestMemory", "KVM", "Machine", "Migration", "TestSupport"], swiftSettings: common),
         .executableTarget(
             name: "lacuna-races", dependencies: ["GuestMemory", "Migration", "TestSupport"], path: "Tests/Races",

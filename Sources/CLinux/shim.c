@@ -36,6 +36,14 @@ size_t lacuna_popcount(const uint64_t *words, size_t count) {
 _Static_assert(lacuna_SEEK_DATA == SEEK_DATA && lacuna_SEEK_HOLE == SEEK_HOLE, "values of <unistd.h>");
 
 int lacuna_rename(const char *from, const char *to) { return rename(from, to); }
+
+int lacuna_open_unnamed(const char *folder) { return open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }
+
+int lacuna_give_name(int file, const char *path) {
+    char link[32];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    return linkat(AT_FDCWD, link, AT_FDCWD, path, AT_SYMLINK_FOLLOW);
+}
 void lacuna_or(uint64_t *target, const uint64_t *source, size_t words) {
     for (size_t i = 0; i < words; i++)
         target[i] |= source[i];

@@ -84,10 +84,10 @@ final class BareGuest: Sendable {
     }
 
     /// Of the memory under test and of nothing else.
-    func makeTracker(stretchPages: Int = 16384, isStopped: @escaping @Sendable () -> Bool = { false }) -> any DirtyTracker {
+    func makeTracker(stretchPages: Int = 16384) -> any DirtyTracker {
         if let rings { return rings }
         if tracking == .manual {
-            return ManualDirtyLog(vm: vm, slots: slots, stretchPages: stretchPages, isGuestStopped: isStopped)
+            return ManualDirtyLog(vm: vm, slots: slots, stretchPages: stretchPages)
         }
         return KVMDirtyLog(vm: vm, slots: slots)
     }

@@ -33,7 +33,7 @@ final class LoadGuest: OutgoingGuest {
     var machineDescription: [UInt8] { [] }
     var trackers: [any DirtyTracker] {
         guard let bare else { return [] }
-        return [bare.makeTracker { [self] in state.read { !$0.isRunning } }]
+        return [bare.makeTracker()]
     }
     var fullRings: Int { bare?.ringFigures.fullRings ?? 0 }
     /// Pages written so far, counted each time.

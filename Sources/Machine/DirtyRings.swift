@@ -72,7 +72,10 @@ package final class DirtyRings: DirtyTracker {
                 state.isArmed = true
                 return state.life
             }
-        } catch { throw PartFailure("cannot start the dirty rings: \(error)") }
+        } catch {
+            for slot in slots { try? vm.set(slot, logDirtyPages: false) }
+            throw PartFailure("cannot start the dirty rings: \(error)")
+        }
         startThread(named: "dirty rings") { self.run(life) }
     }
 

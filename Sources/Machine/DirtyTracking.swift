@@ -39,6 +39,18 @@ extension PageBitmap {
         }
         try result.get()
     }
+
+    /// The same for words that the kernel only reads: the whole summary would be made anew after each stretch otherwise.
+    fileprivate func withReadOnlyKernelWords(
+        _ words: Range<Int>, _ body: (UnsafeMutableBufferPointer<UInt64>) throws(KVMError) -> Void
+    ) throws(KVMError) {
+        let result: Result<Void, KVMError> = withUnsafeReadOnlyWords { all in
+            do throws(KVMError) {
+                return .success(try body(UnsafeMutableBufferPointer(mutating: UnsafeBufferPointer(rebasing: all[words]))))
+            } catch { return .failure(error) }
+        }
+        try result.get()
+    }
 }
 
 /// KVM's dirty log of all memory slots, collected and cleared in one step (`KVM_GET_DIRTY_LOG`).
@@ -102,19 +114,14 @@ package final class ManualDirtyLog: DirtyTracker, @unchecked Sendable {
     private let vm: VirtualMachine
     private var slots: [Slot]
     private let stretchPages: Int
-    private let isGuestStopped: @Sendable () -> Bool
     private var isArmed = false
 
     /// `stretchPages`, a multiple of 64, is how many pages one `KVM_CLEAR_DIRTY_LOG` covers: 64 MiB of guest memory by
-    /// default. While `isGuestStopped` nothing is protected, as nothing is written.
-    package init(
-        vm: VirtualMachine, slots: [MemorySlot], stretchPages: Int = 16384,
-        isGuestStopped: @escaping @Sendable () -> Bool = { false }
-    ) {
+    /// default.
+    package init(vm: VirtualMachine, slots: [MemorySlot], stretchPages: Int = 16384) {
         precondition(stretchPages > 0 && stretchPages % 64 == 0)
         self.vm = vm
         self.stretchPages = stretchPages
-        self.isGuestStopped = isGuestStopped
         self.slots = slots.map { slot in
             let count = Int(slot.size / 4096), first = Int(slot.guestAddress / 4096)
             return Slot(
@@ -167,7 +174,6 @@ package final class ManualDirtyLog: DirtyTracker, @unchecked Sendable {
     }
 
     package func willSend(_ pages: Range<Int>) throws(PartFailure) {
-        if isGuestStopped() { return }
         do throws(KVMError) {
             for index in slots.indices {
                 let mine = pages.clamped(to: slots[index].pages), first = slots[index].pages.lowerBound
@@ -183,7 +189,7 @@ package final class ManualDirtyLog: DirtyTracker, @unchecked Sendable {
         guard slots[index].openStretches[stretch] else { return }
         let open = slots[index].open, slot = slots[index].slot
         let pages = stretch * stretchPages..<min((stretch + 1) * stretchPages, slots[index].pages.count)
-        try open.withKernelWords(pages.lowerBound / 64..<(pages.upperBound + 63) / 64) { (words) throws(KVMError) in
+        try open.withReadOnlyKernelWords(pages.lowerBound / 64..<(pages.upperBound + 63) / 64) { (words) throws(KVMError) in
             try vm.clearDirtyLog(slot, pages: pages, words: words)
         }
         open.clear(pages)

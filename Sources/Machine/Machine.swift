@@ -209,7 +209,7 @@ public final class Machine: Sendable {
     func makeDirtyTracker() -> any DirtyTracker {
         if let rings { return rings }
         if configuration.dirtyTracking == .manual {
-            return ManualDirtyLog(vm: vm, slots: slots) { [self] in activity != .running }
+            return ManualDirtyLog(vm: vm, slots: slots)
         }
         return KVMDirtyLog(vm: vm, slots: slots)
     }

@@ -52,6 +52,8 @@ public final class SnapshotJob: Sendable {
             _ = try result.wait { $0 }.get()
         } catch {
             machine.resume()
+            // The destination is a file, and no guest waits there.
+            if case .notStarted(let why) = error { throw .machineFailed(doing: "writing the snapshot", why: why) }
             throw error
         }
         return report

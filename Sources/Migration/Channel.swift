@@ -93,6 +93,9 @@ public final class ByteChannel: Sendable {
         signalWakeup()
     }
 
+    /// An interruption is pending.
+    var isInterrupted: Bool { interrupted.load(ordering: .relaxed) }
+
     /// Ends an interruption, so that a last message can be sent.
     public func clearInterrupt() {
         var count: UInt64 = 0

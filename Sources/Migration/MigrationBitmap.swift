@@ -205,7 +205,8 @@ public struct ArmedTracking: ~Copyable {
             do {
                 try tracker.arm()  // W1: before any window can be opened
             } catch {
-                for armed in trackers[..<index] { armed.disarm() }
+                // This one too: some of its memory may be tracked already.
+                for armed in trackers[...index] { armed.disarm() }
                 throw .machineFailed(doing: "dirty tracking", why: error.what)
             }
         }

@@ -18,6 +18,9 @@ final class PageSender {
     private var sleptNanoseconds: UInt64 = 0
     private var bytesFlushed = 0
     private var hasFlushed = false
+    /// How long such a run may keep the connection silent.
+    var silenceNanoseconds: UInt64 = 1_000_000_000
+    private var lastFlush = monotonicNanoseconds()
     /// Zero pages found and not yet put into the stream: the run may still grow.
     private var zeroRun: Range<Int>?
 
@@ -69,6 +72,11 @@ final class PageSender {
                 try queueData(first..<page, host + (first - run.lowerBound) * pageSize)
                 round.sent += page - first
             }
+        }
+        // A destination that hears nothing gives up, and a run of zero pages can grow for minutes.
+        if zeroRun != nil, monotonicNanoseconds() &- lastFlush > silenceNanoseconds {
+            try queueZeroRun()
+            try flush()
         }
     }
 
@@ -139,6 +147,7 @@ final class PageSender {
         let bytes = writer.pendingBytes
         guard bytes > 0 else { return }
         try writer.flush()
+        lastFlush = monotonicNanoseconds()
         hasFlushed = true
         bytesFlushed += bytes
         let wait = bandwidth.pay(for: bytes)

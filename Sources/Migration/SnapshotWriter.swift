@@ -4,28 +4,29 @@ public import GuestMemory
 internal import Synchronization
 
 /// The destination of a migration that is a file. What arrives goes to its place in the file; pages that are zero or were
-/// skipped stay holes. The file appears under its name only when it is whole and on the disk.
+/// skipped stay holes. The file appears under its name only when it is whole and on the disk; before that it has none
+/// where the file system can do that (`O_TMPFILE`), so that nothing is left even of a process that was killed.
 ///
 /// Thread rules: as `IncomingGuest`; one migration's thread.
 public final class SnapshotWriter: IncomingGuest {
     private struct State {
         var header: SnapshotHeader
-        /// The descriptor of the file under its temporary name; -1 when it is done with.
+        /// The descriptor of the file that is being written; -1 when it is done with.
         var file: Int32 = -1
+        /// Its name meanwhile, if it has one.
+        var temporary: String?
         var metadata = SnapshotMetadata(description: [], sections: [])
         /// CRC-32C of each page of RAM, in order.
         var table: [UInt32] = []
         var memory: GuestMemory?
     }
     public let path: String
-    private let temporary: String
     private let layout: [GuestRange]
     private let state: Mutex<State>
 
     /// A snapshot at `path` of a guest with this RAM. Nothing is written before the migration begins.
     public init(path: String, of memory: GuestMemory) {
         self.path = path
-        temporary = "\(path).\(getpid()).partial"
         layout = memory.regions.map(\.range)
         state = Mutex(State(header: SnapshotHeader(layout: layout)))
     }
@@ -37,10 +38,11 @@ public final class SnapshotWriter: IncomingGuest {
         let memory: GuestMemory
         // Only a place for what arrives, a moment before it is written: it never holds more than one frame's pages.
         do { memory = try GuestMemory(ranges: layout) } catch { throw PartFailure("\(error)") }
-        let file = lacuna_open(temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o600)
+        let (file, temporary) = create()
         guard file >= 0 else { throw failure("create") }
         state.withLock {
             $0.file = file
+            $0.temporary = temporary
             $0.metadata.description = machineDescription
             $0.memory = memory
             $0.table = Array(repeating: zeroPageChecksum, count: memory.ramPages)
@@ -111,7 +113,7 @@ public final class SnapshotWriter: IncomingGuest {
         let (header, file) = state.withLock { ($0.header.encode(), $0.file) }
         // The header comes last: until then the file says nothing of itself.
         guard fsync(file) == 0, header.withUnsafeBytes({ writeAll(file, $0.baseAddress!, $0.count, at: 0) }),
-            fsync(file) == 0, lacuna_rename(temporary, path) == 0
+            fsync(file) == 0, let temporary = nameTemporarily(), lacuna_rename(temporary, path) == 0
         else {
             defer { discard() }
             throw failure("finish")
@@ -128,14 +130,41 @@ public final class SnapshotWriter: IncomingGuest {
         state.withLock {
             guard $0.file >= 0 else { return }
             close($0.file)
-            unlink(temporary)
+            if let temporary = $0.temporary { unlink(temporary) }
             $0.file = -1
+        }
+    }
+
+    private var folder: String { path.lastIndex(of: "/").map { $0 == path.startIndex ? "/" : String(path[..<$0]) } ?? "." }
+
+    /// A name that nobody else uses; a lost process may have left others.
+    private func temporaryName() -> String { "\(path).\(String(UInt64.random(in: 0...UInt64.max), radix: 16)).partial" }
+
+    /// An empty file, with a name only if it has to have one; -1 leaves errno.
+    private func create() -> (file: Int32, name: String?) {
+        // A name can be given later through /proc only.
+        if access("/proc/self/fd", X_OK) == 0 {
+            let file = lacuna_open_unnamed(folder)
+            if file >= 0 { return (file, nil) }
+        }
+        let name = temporaryName()
+        return (lacuna_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o600), name)
+    }
+
+    /// The name from which the whole file is renamed, as only that replaces an older one; nil leaves errno.
+    private func nameTemporarily() -> String? {
+        state.withLock { state in
+            if state.temporary == nil {
+                let name = temporaryName()
+                guard lacuna_give_name(state.file, name) == 0 else { return nil }
+                state.temporary = name
+            }
+            return state.temporary
         }
     }
 
     /// The name itself lasts from here on.
     private func syncFolder() {
-        let folder = path.lastIndex(of: "/").map { $0 == path.startIndex ? "/" : String(path[..<$0]) } ?? "."
         let descriptor = lacuna_open(folder, O_RDONLY | O_CLOEXEC, 0)
         guard descriptor >= 0 else { return }
         fsync(descriptor)

@@ -127,6 +127,7 @@ final class SourceRun {
     private var phase = MigrationProgress.Phase.connecting
     private let started = monotonicNanoseconds()
     private var lastProgress: UInt64 = 0
+    private var lastLook: UInt64 = 0
     private let firstByte: UInt64
     private var isPaused = false
     private var pausedAt: UInt64 = 0
@@ -286,7 +287,8 @@ final class SourceRun {
         let before = bytesSent
         // A round that is cut short leaves its pages in the bitmap for the stopped one.
         while !isForced || isPaused, let run = bitmap.takeRun(limit: 1024) {
-            try tracking.willSend(run)  // W1: a page is tracked again before it is read
+            // W1: a page is tracked again before it is read. Nothing is collected any more once the guest was stopped.
+            if !isPaused { try tracking.willSend(run) }
             if let lanes { try lanes.send(run, meanwhile: lookUp) } else { try pageSender.send(run, &round) }
             try keepUp()
         }
@@ -388,6 +390,8 @@ final class SourceRun {
         }
         let answer: (type: FrameType, text: String, payload: [UInt8])
         do {
+            // For the whole answer: one that comes a byte at a time must not keep the guest standing.
+            channel.setDeadline(milliseconds: Double(options.commitTimeoutMilliseconds))
             answer = try readAnswer(options.commitTimeoutMilliseconds)
         } catch {
             return outcomeIsUnknown(error.description)
@@ -461,7 +465,9 @@ final class SourceRun {
             return
         }
         (round.asked, hasAsked) = (true, true)
-        let answer = hinter.wait(for: window.request, milliseconds: options.hintTimeoutMilliseconds)
+        // A destination that hears nothing gives up.
+        let patience = min(options.hintTimeoutMilliseconds, options.idleTimeoutMilliseconds / 2)
+        let answer = hinter.wait(for: window.request, milliseconds: patience)
         round.hintLatencyMilliseconds = milliseconds(since: start)
         guard let answer else {
             unanswered += 1
@@ -525,12 +531,15 @@ final class SourceRun {
 
     /// Between batches: hears a destination that gave up, and reports progress.
     private func keepUp() throws(MigrationError) {
-        guard lanes?.takePushed() ?? pageSender.takeFlushed() else { return }
-        try lookUp()
+        // By the clock too: memory that is zero takes long to look at and little to send.
+        let hasSent = lanes?.takePushed() ?? pageSender.takeFlushed()
+        if hasSent || monotonicNanoseconds() &- lastLook >= SourceRun.progressNanoseconds { try lookUp() }
     }
 
     /// The same while there is nothing else to do.
     private func lookUp() throws(MigrationError) {
+        lastLook = monotonicNanoseconds()
+        if channel.isInterrupted { throw .cancelled }
         try checkTimeout()
         try hearDestination()
         if monotonicNanoseconds() &- lastProgress >= SourceRun.progressNanoseconds { showProgress() }

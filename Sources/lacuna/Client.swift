@@ -17,7 +17,7 @@ enum Client {
             // Closed here, the channel ends when the guest's process ends it.
             close(descriptor)
         }
-        while let line = socket.receiveLine() {
+        while let line = socket.receiveLine(limit: LocalSocket.answerLimit) {
             guard let reply = try? JSON.decode(ControlReply.self, line) else {
                 throw Complaint("the guest at \(path) answered in a way this release does not know; use the same release on both sides")
             }
@@ -138,7 +138,7 @@ enum Client {
         options.pauseBeforeSwitchOver = arguments[flag: "pause-before-switch-over"]
         options.verify = arguments[flag: "verify"]
         options.downtimeMilliseconds = try arguments.integer("downtime", in: 1...3_600_000)
-        options.hintTimeoutMilliseconds = try arguments.integer("hint-timeout", in: 1...600_000)
+        options.hintTimeoutMilliseconds = try arguments.integer("hint-timeout", in: 1...30_000)
         options.timeoutMilliseconds = try arguments.integer("timeout", in: 1...86_400_000)
         options.maxRounds = try arguments.integer("max-rounds", in: 1...99_999)
         options.connections = try arguments.integer("connections", in: 1...16)

@@ -69,7 +69,7 @@ let help = """
                            or else by the free page hints of its virtio_balloon
       --json FILE          write the migration's report there
       --downtime MS        how long the guest may stand still at the end (300)
-      --hint-timeout MS    how long to wait for the guest's answer in each round (200)
+      --hint-timeout MS    how long to wait for the guest's answer in each round, 30000 at most (200)
       --bandwidth BYTES    at most so many bytes a second, as 100M (no limit)
       --auto-converge      slow the vCPUs down, in steps, while the guest dirties memory faster than it is sent
       --timeout MS         the migration may take so long before the guest is stopped (no limit)

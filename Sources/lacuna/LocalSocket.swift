@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 import CLinux
+import Synchronization
 
 /// A unix stream socket that carries lines. Closes with its owner.
 final class LocalSocket: Sendable {
+    /// A request is never longer; a client that sends more is cut off.
+    static let requestLimit = 1 << 20
+    /// Answers can hold the figures of a hundred thousand rounds.
+    static let answerLimit = 1 << 28
+    /// How long the other side may take none of an answer before it counts as gone.
+    private static let patienceMilliseconds: Int32 = 5000
+
     let descriptor: Int32
-    /// A control line is never longer; a client that sends more is cut off.
-    private let lineLimit = 1 << 20
+    /// The rest of a line that did not fit into the socket yet.
+    private let rest = Mutex<ArraySlice<UInt8>>([])
 
     init(adopting descriptor: Int32) { self.descriptor = descriptor }
     deinit { close(descriptor) }
@@ -68,21 +76,51 @@ final class LocalSocket: Sendable {
         while true {
             let peer = lacuna_accept(descriptor)
             if peer >= 0 { return LocalSocket(adopting: peer) }
-            if errno != EINTR && errno != ECONNABORTED { return nil }
+            switch errno {
+            case EINTR, ECONNABORTED: continue
+            // Whoever asks has to wait until something was closed or freed, of which nothing tells.
+            case EMFILE, ENFILE, ENOBUFS, ENOMEM: poll(nil, 0, 100)
+            default: return nil
+            }
         }
     }
 
-    /// False if the other side is gone.
+    /// Sends a line. False if the other side is gone, or takes nothing of it for five seconds.
     @discardableResult
-    func send(_ bytes: [UInt8]) -> Bool {
-        var rest = bytes[...]
+    func send(_ line: [UInt8]) -> Bool {
+        rest.withLock { rest in
+            rest += line
+            while push(&rest), !rest.isEmpty {
+                var ready = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
+                let result = poll(&ready, 1, Self.patienceMilliseconds)
+                if result == 0 || result < 0 && errno != EINTR { shutdown(descriptor, Int32(SHUT_RDWR)) }
+            }
+            return rest.isEmpty
+        }
+    }
+
+    /// Sends a line that need not arrive, without waiting: it is dropped if the other side has not taken what came before.
+    func offer(_ line: [UInt8]) {
+        rest.withLock { rest in
+            guard push(&rest), rest.isEmpty else { return }
+            rest += line
+            _ = push(&rest)
+        }
+    }
+
+    /// Sends what the socket takes at once. False if the other side is gone.
+    private func push(_ rest: inout ArraySlice<UInt8>) -> Bool {
         while !rest.isEmpty {
-            let count = rest.withUnsafeBytes { CLinux.send(descriptor, $0.baseAddress, $0.count, lacuna_MSG_NOSIGNAL) }
-            if count < 0 {
-                if errno == EINTR { continue }
+            let count = rest.withUnsafeBytes {
+                CLinux.send(descriptor, $0.baseAddress, $0.count, lacuna_MSG_NOSIGNAL | lacuna_MSG_DONTWAIT)
+            }
+            if count >= 0 {
+                rest = rest.dropFirst(count)
+            } else if errno == EAGAIN {
+                return true
+            } else if errno != EINTR {
                 return false
             }
-            rest = rest.dropFirst(count)
         }
         return true
     }
@@ -105,11 +143,11 @@ final class LocalSocket: Sendable {
         return descriptors[0]
     }
 
-    /// The next line, without its end; nil at the end of the stream.
-    func receiveLine() -> [UInt8]? {
+    /// The next line, without its end; nil at the end of the stream, or if the line is longer than `limit`.
+    func receiveLine(limit: Int) -> [UInt8]? {
         var line: [UInt8] = []
         var buffer = [UInt8](repeating: 0, count: 4096)
-        while line.count < lineLimit {
+        while line.count < limit {
             // Peeked at first, so that nothing past this line is taken.
             let seen = buffer.withUnsafeMutableBytes { recv(descriptor, $0.baseAddress, $0.count, lacuna_MSG_PEEK) }
             if seen < 0 && errno == EINTR { continue }

@@ -12,6 +12,8 @@ final class RunningGuest: Sendable {
         var source: MigrationSource?
         /// Some migration is being set up or under way.
         var migrating = false
+        /// The guest is being paused or resumed.
+        var isSwitching = false
         /// What is known of the migration under way, or of the last one.
         var migration: MigrationStatus?
         /// The guest is to end, whatever machine it is in by then.
@@ -50,12 +52,16 @@ final class RunningGuest: Sendable {
         let listener = try LocalSocket.listen(path)
         state.withLock { $0.controlPath = path }
         startThread(named: "control") { [self] in
-            while let peer = listener.accept() { startThread(named: "control peer") { self.converse(peer) } }
+            while let peer = listener.accept() {
+                do { try startThreadIfPossible(named: "control peer") { self.converse(peer) } } catch {
+                    peer.offer(JSON.line(ControlReply(error: "\(error)")))
+                }
+            }
         }
     }
 
     private func converse(_ peer: LocalSocket) {
-        while let line = peer.receiveLine() {
+        while let line = peer.receiveLine(limit: LocalSocket.requestLimit) {
             do {
                 let request: ControlRequest
                 do { request = try JSON.decode(ControlRequest.self, line) } catch {
@@ -100,9 +106,14 @@ final class RunningGuest: Sendable {
                 break
             }
             // The flag before the look: a guest that reboots at this moment is in another machine a moment later.
-            let stopWaiting = state.withLock {
+            let (stopWaiting, source) = state.withLock {
                 $0.isStopping = true
-                return $0.stopWaiting
+                return ($0.stopWaiting, $0.source)
+            }
+            // The guest is to end, and nowhere to go on.
+            if let source, !source.cancel() {
+                state.withLock { $0.isStopping = false }
+                throw Complaint("too late: the destination was told to take the guest; stop it there")
             }
             if let stopWaiting {
                 peer.send(JSON.line(ControlReply(done: true)))
@@ -114,15 +125,16 @@ final class RunningGuest: Sendable {
             machine.end(.stopped)
             return
         case .pause:
-            try refuseDuringMigration("pausing")
-            guard try current().pause() else { throw Complaint("the guest has ended") }
-            state.withLock { $0.reason = "paused by the operator" }
+            try withoutMigration("pausing") { machine throws in
+                guard machine.pause() else { throw Complaint("the guest has ended") }
+                state.withLock { $0.reason = "paused by the operator" }
+            }
         case .resume:
-            try refuseDuringMigration("resuming")
-            let machine = try current()
-            guard machine.activity != .ended else { throw Complaint("the guest has ended") }
-            machine.resume()
-            state.withLock { $0.reason = nil }
+            try withoutMigration("resuming") { machine throws in
+                guard machine.activity != .ended else { throw Complaint("the guest has ended") }
+                machine.resume()
+                state.withLock { $0.reason = nil }
+            }
         case .balloon:
             peer.send(JSON.line(ControlReply(done: true, balloon: try answerBalloon(request.balloon, try current()))))
             return
@@ -133,6 +145,20 @@ final class RunningGuest: Sendable {
 
     func refuseDuringMigration(_ what: String) throws(Complaint) {
         if state.withLock({ $0.migrating }) { throw Complaint("the guest is being migrated; \(what) has to wait until that ends") }
+    }
+
+    /// Does something to the guest that no migration may begin beside.
+    private func withoutMigration(_ what: String, _ body: (Machine) throws -> Void) throws {
+        let machine = try current()
+        try refuseDuringMigration(what)
+        let isAlone = state.withLock { state in
+            guard !state.migrating, !state.isSwitching else { return false }
+            state.isSwitching = true
+            return true
+        }
+        guard isAlone else { throw Complaint("the guest is being paused, resumed or migrated at this moment; try again") }
+        defer { state.withLock { $0.isSwitching = false } }
+        try body(machine)
     }
 
     private func status() -> MachineStatus {
@@ -149,16 +175,18 @@ final class RunningGuest: Sendable {
     /// Takes the right to be the one migration of this guest, and tells the guest to move.
     private func beginMigration(to place: String) throws(Complaint) -> Machine {
         let machine = try current()
-        guard machine.activity == .running else {
-            throw Complaint("the guest is not running (\(machine.activity.rawValue)); resume it before you migrate it")
-        }
-        let isFirst = state.withLock { state in
-            guard !state.migrating else { return false }
-            state.migrating = true
-            state.migration = MigrationStatus(to: place)
-            return true
+        let (isFirst, isSwitching) = state.withLock { state in
+            let (wasMigrating, isSwitching) = (state.migrating, state.isSwitching)
+            if !wasMigrating, !isSwitching { state.migrating = true }
+            return (!wasMigrating, isSwitching)
         }
         guard isFirst else { throw Complaint("this guest is being migrated already; wait until that ends") }
+        guard !isSwitching else { throw Complaint("the guest is being paused or resumed at this moment; try again") }
+        guard machine.activity == .running else {
+            state.withLock { $0.migrating = false }
+            throw Complaint("the guest is not running (\(machine.activity.rawValue)); resume it before you migrate it")
+        }
+        state.withLock { $0.migration = MigrationStatus(to: place) }
         return machine
     }
 
@@ -166,10 +194,19 @@ final class RunningGuest: Sendable {
     private func follow(
         _ source: MigrationSource, _ body: () throws(MigrationError) -> MigrationReport
     ) throws(MigrationError) -> MigrationReport {
-        state.withLock { $0.source = source }
+        let isStopping = state.withLock {
+            $0.source = source
+            return $0.isStopping
+        }
+        // A stop that came before this line did not see the migration.
+        if isStopping { source.cancel() }
         do throws(MigrationError) {
             let report = try body()
-            state.withLock { $0.migration?.report = report }
+            // The report has the rounds too.
+            state.withLock {
+                $0.migration?.report = report
+                $0.migration?.rounds = []
+            }
             return report
         } catch {
             // The one failure that leaves the guest paused: `status` has to show why.
@@ -193,7 +230,8 @@ final class RunningGuest: Sendable {
                 $0.migration?.progress = progress
                 if let round { $0.migration?.rounds.append(round) }
             }
-            peer.send(JSON.line(ControlReply(progress: progress.line)))
+            // Never waits: a client that stopped reading must not hold up the migration.
+            peer.offer(JSON.line(ControlReply(progress: progress.line)))
         }
     }
 
@@ -253,10 +291,14 @@ final class RunningGuest: Sendable {
                 of: machine, to: path, options: (request.options ?? MigrationRequest()).options, progress: observer(peer))
             let isLast = request.endsAfterwards == true
             let report = try follow(job.source) { () throws(MigrationError) in try job.run(keepsPaused: isLast) }
-            endMigration(nil)
             if isLast { state.withLock { $0.reason = "saved to \(path)" } }
+            // A guest that went to the file stays a migrating one until it has ended here: nobody may resume it.
+            if !isLast { endMigration(nil) }
             peer.send(JSON.line(ControlReply(done: true, report: report)))
-            if isLast { machine.end(.migrated) }
+            if isLast {
+                machine.end(.migrated)
+                endMigration(nil)
+            }
         } catch {
             endMigration(error)
             throw error

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+import CLinux
 import FoundationEssentials
-import Glibc
 import GuestMemory
 import Synchronization
 import Testing
@@ -8,11 +8,11 @@ import Testing
 @testable import Migration
 
 /// A folder of its own for each test, gone afterwards.
-private final class Folder {
+private final class Folder: Sendable {
     let path: String
     init() throws {
         var template = Array("/tmp/lacuna-test.XXXXXX".utf8CString)
-        guard mkdtemp(&template) != nil else { throw PartFailure("mkdtemp: \(errno)") }
+        guard mkdtemp(&template) != nil else { throw PartFailure("mkdtemp: \(lacuna_errno())") }
         path = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
     }
     deinit { try? FileManager.default.removeItem(atPath: path) }
@@ -54,6 +54,24 @@ private final class Folder {
         #expect(reader.sections == guest.sections.withLock { $0 })
         expectSame(try reader.mapMemory(), as: guest)
         expectSame(try reader.readMemory(), as: guest)
+    }
+
+    /// What is not whole has no name, so that nothing is left of a process that is killed.
+    @Test func aFileWithoutANameUntilItIsWhole() throws {
+        let folder = try Folder(), guest = try guest()
+        let unnamed = lacuna_open_unnamed(folder.path)
+        if unnamed >= 0 { close(unnamed) }
+        let seen = Mutex<[[String]]>([])
+        let writer = SnapshotWriter(path: folder.file("a"), of: guest.memory)
+        let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: quickOptions()) { progress, round in
+            if progress.phase == .rounds, round != nil { seen.withLock { $0.append(folder.names) } }
+        }
+        let ends = try migrate(source, to: MigrationReceiver(guest: writer))
+        _ = (try ends.source.get(), try ends.destination.get())
+        let names = try #require(seen.withLock { $0.first })
+        // A file system that cannot do that has a name that nobody takes for a snapshot.
+        #expect(unnamed >= 0 ? names.isEmpty : names.count == 1 && names[0].hasSuffix(".partial"))
+        #expect(folder.names == ["a"])
     }
 
     @Test func aBusyGuestIsSavedAsItWasWhenItStood() throws {

@@ -211,6 +211,50 @@ import Testing
         try guest.pause()
     }
 
+    /// An answer to the commit that comes a byte at a time: the guest may not stand still for as long as that takes.
+    @Test func anAnswerToTheCommitThatTricklesIsGivenUp() throws {
+        let guest = try MiniGuest()
+        let (near, far) = try ByteChannel.pair()
+        var options = quickOptions()
+        options.commitTimeoutMilliseconds = Self.idle
+        let worker = start(MigrationSource(guest: guest, trackers: [guest.tracker], options: options), over: near)
+        let reader = FrameReader(far)
+        while true {
+            let header = try reader.header(idleMilliseconds: 10_000)
+            _ = try reader.payload(of: header, idleMilliseconds: 10_000)
+            if header.type == .commit { break }
+            if header.type == .hello { try send(.ready, to: far) }
+            if header.type == .stateEnd { try send(.loaded, to: far) }
+        }
+        try send(encode(FrameHeader(.failure, payloadBytes: 4000)), to: far)
+        let trickle = Worker {
+            // As slow as a peer may be; the source's end of the channel ends it.
+            for _ in 0..<4000 {
+                guard (try? self.send([0x20], to: far)) != nil else { return true }
+                usleep(20_000)
+            }
+            return false
+        }
+        let report = try worker.join().get()
+        #expect(report.outcome == .unknown)
+        #expect(trickle.join(), "the source waited for all of it")
+        #expect(!guest.isRunning)
+    }
+
+    /// Zero pages take long to look at and nothing to send: the other side hears of them in time all the same.
+    @Test func aLongRunOfZeroPagesIsNoSilence() throws {
+        let memory = try GuestMemory(ranges: [mebibytes(0, 16)])
+        let (near, far) = try ByteChannel.pair()
+        let sender = PageSender(
+            memory: memory, told: MigrationBitmap(memory, remembersSkipped: false).told,
+            writer: FrameWriter(near, idleMilliseconds: 1000), channel: near, bandwidth: Bandwidth(bytesPerSecond: 0))
+        sender.silenceNanoseconds = 0
+        var round = MigrationRound(number: 1)
+        try sender.send(0..<1024, &round)
+        let header = try FrameReader(far).header(idleMilliseconds: 1000)
+        #expect(header.type == .zero && header.count == 1024 && round.zero == 1024)
+    }
+
     /// Nobody reads: the source waits for room, and not for ever.
     @Test func aDestinationThatTakesNothingIsGivenUp() throws {
         let guest = try MiniGuest([mebibytes(0, 16)])

@@ -64,6 +64,9 @@ static inline int lacuna_pidfd_open(pid_t process) { return (int)syscall(SYS_pid
 static const int lacuna_SEEK_DATA = 3;
 static const int lacuna_SEEK_HOLE = 4;
 int lacuna_rename(const char *from, const char *to);
+// A file without a name in `folder`, which is gone with its last descriptor (O_TMPFILE); and a name for it, a new one.
+int lacuna_open_unnamed(const char *folder);
+int lacuna_give_name(int file, const char *path);
 // mmap() with NULL for MAP_FAILED, a cast that Swift does not import.
 static inline void *lacuna_mmap(size_t bytes, int protection, int flags, int fd, off_t offset) {
     void *mapping = mmap(NULL, bytes, protection, flags, fd, offset);
