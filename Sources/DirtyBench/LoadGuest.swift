@@ -57,7 +57,8 @@ final class LoadGuest: OutgoingGuest {
             defer { (state.wanted, state.isRunning) = (.running, true) }
             return !state.isRunning
         }
-        if starts { startThread(named: "load") { self.load() } }
+        // A measurement without its load would be none.
+        if starts, !startThread(named: "load", { self.load() }) { exit(1) }
     }
 
     func pause() throws(PartFailure) {

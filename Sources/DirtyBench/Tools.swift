@@ -48,10 +48,12 @@ func scattered(_ count: Int, of total: Int, seed: UInt64) -> [UInt32] {
 final class Background<Value: Sendable>: Sendable {
     private let result = Monitor<Value?>(nil)
     init(_ name: String, _ body: @escaping @Sendable () -> Value) {
-        startThread(named: name) { [result] in
+        let isStarted = startThread(named: name) { [result] in
             let value = body()
             result.update { $0 = value }
         }
+        // A measurement without its load would be none.
+        if !isStarted { exit(1) }
     }
     func join() -> Value { result.wait { $0 } }
 }

@@ -98,6 +98,21 @@ public struct SharedMapping: Sendable {
     }
 }
 
+extension SharedFile {
+    /// Copies bytes out of the file, from `place` bytes after the beginning of the range. A hole is read as zeroes and
+    /// stays one, which a read of the mapping would fill. False if that cannot be done.
+    func copyOut(offset place: UInt64, into buffer: UnsafeMutableRawPointer, bytes: Int) -> Bool {
+        // What a private mapping holds need not be what its file holds.
+        guard !isPrivate else { return false }
+        var done = 0
+        while done < bytes {
+            let count = unsafe pread(descriptor, buffer + done, bytes - done, off_t(offset + place) + off_t(done))
+            if count > 0 { done += count } else if count == 0 || lacuna_errno() != EINTR { return false }
+        }
+        return true
+    }
+}
+
 extension GuestMemory {
     /// True if a shared file was found shorter than it was when it was mapped.
     public var wasCutShort: Bool { regions.contains { $0.file?.wasCutShort ?? false } }

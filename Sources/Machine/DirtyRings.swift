@@ -76,7 +76,10 @@ package final class DirtyRings: DirtyTracker {
             for slot in slots { try? vm.set(slot, logDirtyPages: false) }
             throw PartFailure("cannot start the dirty rings: \(error)")
         }
-        startThread(named: "dirty rings") { self.run(life) }
+        do throws(MigrationError) { try startThreadIfPossible(named: "dirty rings") { self.run(life) } } catch {
+            disarm()
+            throw PartFailure("cannot start the dirty rings: \(error)")
+        }
     }
 
     package func collect(into bitmap: PageBitmap) throws(PartFailure) {

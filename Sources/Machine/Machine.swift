@@ -85,7 +85,8 @@ public final class Machine: Sendable {
 
     private struct Run {
         var wanted = Wanted.paused
-        var started = false
+        /// vCPU threads: made, standing still, and ended.
+        var made = 0
         var parked = 0
         var gone = 0
         var end: MachineEnd?
@@ -98,6 +99,10 @@ public final class Machine: Sendable {
     }
     private enum Wanted { case running, paused, ended }
     private let run: Monitor<Run>
+    /// Migrations that read the memory.
+    let memoryReaders = Monitor(0)
+    /// Held while the vCPU threads are made.
+    private let making = Mutex(())
 
     /// Makes the machine; it neither has a kernel nor runs. `cpuid` is a migrating guest's; nil: what this host offers.
     /// The console's output goes to the descriptor `console` (negative: nowhere).
@@ -203,6 +208,27 @@ public final class Machine: Sendable {
         do throws(KVMError) { try loader.enter(vcpus[0], at: entry) } catch {
             throw MachineError(error, while: "cannot set up the first vCPU")
         }
+        try makeThreads()
+    }
+
+    /// Makes the vCPUs' threads, which wait for `resume()`, and what the devices need to run. Whoever promises that this
+    /// machine can run calls it before that: a host may have no room for another thread.
+    func makeThreads() throws(MachineError) {
+        try making.withLock { _ throws(MachineError) in
+            for vcpu in vcpus[run.read(\.made)...] {
+                // Counted before it is there: it may end before the next line.
+                run.update { $0.made += 1 }
+                do throws(MigrationError) {
+                    try startThreadIfPossible(named: "vcpu\(vcpu.number)") { self.drive(vcpu) }
+                } catch {
+                    run.update { $0.made -= 1 }
+                    throw MachineError("cannot make a thread for vCPU \(vcpu.number): \(error); allow this user more processes")
+                }
+            }
+        }
+        do throws(VhostError) { try vsock?.prepare() } catch {
+            throw MachineError("cannot get the vsock device ready: \(error)")
+        }
     }
 
     /// The tracker of what the vCPUs write, as configured. One migration at a time uses it.
@@ -223,41 +249,56 @@ public final class Machine: Sendable {
         }
     }
 
-    /// Lets the vCPUs run; starts their threads the first time. No effect on a machine that has ended.
+    /// Lets the vCPUs of a machine that was loaded run. No effect on a machine that has ended.
     public func resume() {
         balloon.setQuiesced(false)
-        let first = run.update { state in
-            guard state.wanted == .paused else { return false }
+        run.update { state in
+            guard state.wanted == .paused else { return }
             state.wanted = .running
             vsock?.machineRuns()
-            defer { state.started = true }
-            return !state.started
-        }
-        if first {
-            for vcpu in vcpus { startThread(named: "vcpu\(vcpu.number)") { self.drive(vcpu) } }
         }
     }
 
     /// Parks every vCPU with its I/O complete. When it returns, no vCPU and no device touches guest memory. False if
-    /// the machine has ended.
+    /// the machine has ended. Throws, with the guest running as before, if a vCPU does not stop within 10 s: nothing
+    /// that a vCPU's thread does takes so long.
     @discardableResult
-    public func pause() -> Bool {
-        let started = run.update { state in
-            if state.wanted == .running { state.wanted = .paused }
-            return state.started
+    public func pause() throws(MachineError) -> Bool {
+        let wasRunning = run.update { state in
+            defer { if state.wanted == .running { state.wanted = .paused } }
+            return state.wanted == .running
         }
-        if started {
-            kick()
-            let isParked = run.wait { state in
-                if state.end != nil { return false }
-                return state.parked == self.vcpus.count ? true : nil
+        guard let isParked = awaitParked() else {
+            let parked = run.update { state in
+                if wasRunning, state.wanted == .paused { state.wanted = .running }
+                return state.parked
             }
-            guard isParked else { return false }
+            throw MachineError(
+                "only \(parked) of \(vcpus.count) vCPUs stopped within \(Self.pauseMilliseconds / 1000) s, so the guest runs on; look for what this process waits for (cat /proc/\(getpid())/task/*/wchan)")
         }
+        guard isParked else { return false }
         // Requests of the host's own write guest memory as well, and so does the kernel for vsock.
         balloon.setQuiesced(true)
         vsock?.machineStands()
         return true
+    }
+
+    /// How long a vCPU may take to stop.
+    private static let pauseMilliseconds: UInt64 = 10_000
+
+    /// Waits until every vCPU is parked; false if the machine has ended, nil if it takes too long.
+    private func awaitParked() -> Bool? {
+        let sliceMilliseconds: UInt64 = 100
+        for _ in 0..<Self.pauseMilliseconds / sliceMilliseconds {
+            // More than once: a signal that comes just before a system call does not interrupt it.
+            kick()
+            let isParked: Bool? = run.wait(nanoseconds: sliceMilliseconds * 1_000_000) { state in
+                if state.end != nil { return false }
+                return state.parked == state.made ? true : nil
+            }
+            if let isParked { return isParked }
+        }
+        return nil
     }
 
     /// Ends the machine for good. The first reason given stays.
@@ -273,11 +314,27 @@ public final class Machine: Sendable {
     public func waitForEnd() -> MachineEnd {
         let end = run.wait { state -> MachineEnd? in
             guard let end = state.end else { return nil }
-            return !state.started || state.gone == self.vcpus.count ? end : nil
+            return state.gone == state.made ? end : nil
         }
+        // A guest's last words may still be on their way.
+        serial.output.close(milliseconds: 1000)
         // Its address is free from here on, for the guest's next life.
         vsock?.close()
         return end
+    }
+
+    /// Gives the memory of a machine that has ended back to the host, whoever still has the machine: it reads as zero
+    /// from then on. Waits for migrations under way, which end by themselves, up to 5 s.
+    public func releaseMemory() {
+        guard activity == .ended else { return }
+        // A page that is read again costs memory again, and a huge page, if none is left, the process.
+        let limitNanoseconds: UInt64 = 5_000_000_000
+        _ = memoryReaders.wait(nanoseconds: limitNanoseconds) { $0 == 0 ? () : nil }
+        for region in memory.regions {
+            do throws(GuestMemoryError) { try memory.discard(pages: region.range.pages) } catch {
+                logLine("the memory of a guest that ended stays: \(error)")
+            }
+        }
     }
 
     /// Bytes typed at the serial console.
@@ -296,7 +353,8 @@ public final class Machine: Sendable {
             state.hasThrottler = true
             return true
         }
-        if isFirst { startThread(named: "throttle") { self.alternate() } }
+        // A guest that cannot be slowed down runs on, and the migration's time limit decides.
+        if isFirst, !startThread(named: "throttle", { self.alternate() }) { run.update { $0.hasThrottler = false } }
     }
 
     /// Lets the vCPUs run for a while and holds them for a while, until there is no more throttle or no more guest.
@@ -335,6 +393,8 @@ public final class Machine: Sendable {
 
     private func drive(_ vcpu: VCPU) {
         run.update { $0.threads.append(pthread_self()) }
+        // Not into KVM before the machine runs: until then the vCPU belongs to whoever loads its state.
+        park()
         while true {
             // Cleared before the look at what is wanted: a request made after that look sets it again.
             vcpu.requestExit(false)
@@ -345,9 +405,7 @@ public final class Machine: Sendable {
                 // Pending I/O is completed by entering once more; an exit that this brings up is real work too.
                 vcpu.requestExit(true)
                 while perform(vcpu, vcpu.enter()) {}
-                run.update { $0.parked += 1 }
-                run.wait { $0.wanted == .paused ? nil : () }
-                run.update { $0.parked -= 1 }
+                park()
                 vcpu.noteClockStopped()
             case (.ended, _):
                 run.update { state in
@@ -357,6 +415,13 @@ public final class Machine: Sendable {
                 return
             }
         }
+    }
+
+    /// Keeps a vCPU's thread while the machine stands still.
+    private func park() {
+        run.update { $0.parked += 1 }
+        run.wait { $0.wanted == .paused ? nil : () }
+        run.update { $0.parked -= 1 }
     }
 
     /// Does what an exit asks for. False if it asked for nothing.

@@ -26,21 +26,40 @@ final class BalloonHinter: FreePageHinter {
     func finish() { balloon.releaseHints() }
 }
 
+/// Ends a migration whose guest has ended: nothing is left of it to send, and its memory may be on its way back.
+private final class LifeTracker: DirtyTracker {
+    private let machine: Machine
+    init(_ machine: Machine) { self.machine = machine }
+    private func check() throws(PartFailure) {
+        if machine.activity == .ended { throw PartFailure("the guest ended while it was being migrated") }
+    }
+    func arm() throws(PartFailure) { try check() }
+    func collect(into bitmap: PageBitmap) throws(PartFailure) { try check() }
+    func willSend(_ pages: Range<Int>) throws(PartFailure) { try check() }
+    func disarm() {}
+}
+
 /// A running machine as the source of a migration.
 public final class OutgoingMachine: OutgoingGuest {
     private let machine: Machine
-    public init(_ machine: Machine) { self.machine = machine }
+    public init(_ machine: Machine) {
+        self.machine = machine
+        machine.memoryReaders.update { $0 += 1 }
+    }
+    deinit { machine.memoryReaders.update { $0 -= 1 } }
 
     public var memory: GuestMemory { machine.memory }
     public var machineDescription: [UInt8] { machine.description.encode() }
     /// Finds what the vCPUs and KVM itself write; what the devices write is in the memory's own log.
     public var trackers: [any DirtyTracker] {
-        [machine.makeDirtyTracker()] + (machine.vsock.map { [VhostTracker($0)] } ?? [])
+        [machine.makeDirtyTracker()] + (machine.vsock.map { [VhostTracker($0)] } ?? []) + [LifeTracker(machine)]
     }
     public var hinter: any FreePageHinter { machine.plugin.map(PluginHinter.init) ?? BalloonHinter(machine.balloon) }
 
     public func pause() throws(PartFailure) {
-        guard machine.pause() else { throw PartFailure("the guest ended while it was being migrated") }
+        let isPaused: Bool
+        do { isPaused = try machine.pause() } catch { throw PartFailure("\(error)") }
+        guard isPaused else { throw PartFailure("the guest ended while it was being migrated") }
     }
     public func resume() { machine.resume() }
     public func throttle(percent: Int) { machine.throttle(percent: percent) }
@@ -77,6 +96,16 @@ public final class IncomingMachine: IncomingGuest {
 
     /// The machine, once the source described it.
     public var machine: Machine? { made.withLock { $0 } }
+
+    /// Gives the machine to an owner; from then on `machine` is nil. False if there is none.
+    public func handOver(to owner: (Machine) -> Void) -> Bool {
+        let machine = made.withLock { machine in
+            defer { machine = nil }
+            return machine
+        }
+        if let machine { owner(machine) }
+        return machine != nil
+    }
 
     public func prepare(machineDescription: [UInt8]) throws(PartFailure) -> GuestMemory {
         try build(machineDescription, memory: nil)
@@ -127,6 +156,8 @@ public final class IncomingMachine: IncomingGuest {
     public func load(state: [StateSection]) throws(PartFailure) {
         guard let machine else { throw PartFailure("state arrived before the machine was described") }
         try machine.restoreSections(state)
+        // Now, while the source can still have its guest back.
+        do { try machine.makeThreads() } catch { throw PartFailure("\(error)") }
     }
     public func start() throws(PartFailure) {
         guard let machine else { throw PartFailure("there is no machine to start") }

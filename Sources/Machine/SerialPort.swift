@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-internal import CLinux
 import GuestMemory
 import Synchronization
 
@@ -20,13 +19,13 @@ final class SerialPort: Sendable {
     }
     private let state = Mutex(State())
     private let setLine: @Sendable (Bool) -> Void
-    private let output: Int32
+    let output: ConsoleOutput
     /// Input the guest has not fetched is kept up to here; more is dropped, as on a real line.
     private let inputLimit = 4096
 
     /// Writes what the guest sends to the descriptor `output` (negative: nowhere).
     init(output: Int32, setLine: @escaping @Sendable (Bool) -> Void) {
-        self.output = output
+        self.output = ConsoleOutput(output)
         self.setLine = setLine
     }
 
@@ -84,7 +83,7 @@ final class SerialPort: Sendable {
                 if state.modemControl & 0x10 != 0 {
                     if state.input.count < inputLimit { state.input.append(value) }
                 } else {
-                    send(value)
+                    output.send(value)
                 }
                 state.transmitterEmptyPending = true
             case 1 where divisorAccess: state.divisor = state.divisor & 0x00ff | UInt16(value) << 8
@@ -100,13 +99,6 @@ final class SerialPort: Sendable {
             default: break
             }
         }
-    }
-
-    private func send(_ byte: UInt8) {
-        if output < 0 { return }
-        var byte = byte
-        // A console nobody can write to must not stop the guest: other errors than EINTR drop the byte.
-        while CLinux.write(output, &byte, 1) < 0, lacuna_errno() == EINTR {}
     }
 
     /// Bytes typed at the console.

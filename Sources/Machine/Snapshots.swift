@@ -32,7 +32,7 @@ public final class SnapshotJob: Sendable {
     public func run(keepsPaused: Bool = false) throws(MigrationError) -> MigrationReport {
         let (near, far) = try ByteChannel.pair()
         let receiver = MigrationReceiver(guest: writer)
-        startThread(named: "snapshot") { [result] in
+        try startThreadIfPossible(named: "snapshot") { [result] in
             do throws(MigrationError) {
                 let report = try receiver.run(over: far)
                 result.update { $0 = .success(report) }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-import Balloon
+public import Balloon
 internal import CLinux
 import Synchronization
 
@@ -41,8 +41,8 @@ extension Machine {
     }
 
     /// Takes over what the operator wanted of the balloon before the guest reset itself.
-    public func inheritBalloon(of other: Machine) {
-        balloon.inheritWishes(of: other.balloon)
+    public func inheritBalloon(of other: BalloonDevice) {
+        balloon.inheritWishes(of: other)
         pollStatistics(every: balloon.statisticsInterval)
     }
 }
@@ -50,5 +50,7 @@ extension Machine {
 /// One line on the process's standard error.
 func logLine(_ text: String) {
     let bytes = Array("lacuna: \(text)\n".utf8)
-    _ = write(2, bytes, bytes.count)
+    // It may be a vCPU's thread: a message that nobody can read now is not worth a guest that stands still.
+    var polled = pollfd(fd: 2, events: Int16(POLLOUT), revents: 0)
+    if poll(&polled, 1, 0) > 0 { _ = write(2, bytes, bytes.count) }
 }

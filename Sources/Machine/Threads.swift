@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 import Migration
 
-/// Starts a detached thread. Its stack is the system's default.
-public func startThread(named name: String, _ body: @escaping @Sendable () -> Void) {
+/// Starts a detached thread for something that a guest can do without. Its stack is the system's default. Where the
+/// system has no room for one more, that is said on standard error, and the answer is false.
+@discardableResult
+public func startThread(named name: String, _ body: @escaping @Sendable () -> Void) -> Bool {
     do throws(MigrationError) { try startThreadIfPossible(named: name, body) } catch {
-        // The only causes are limits on threads that a machine cannot run without.
-        preconditionFailure(error.description)
+        logLine("\(name): \(error)")
+        return false
     }
+    return true
 }

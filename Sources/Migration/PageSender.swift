@@ -12,6 +12,8 @@ internal import GuestMemory
 final class PageSender {
     let writer: FrameWriter
     private let memory: GuestMemory
+    /// What the balloon gave back stays with the host: the zero scan fills no hole.
+    private let looker: MemoryLooker
     private let told: ToldPages
     private let channel: ByteChannel
     private let bandwidth: Bandwidth
@@ -26,6 +28,7 @@ final class PageSender {
 
     init(memory: GuestMemory, told: ToldPages, writer: FrameWriter, channel: ByteChannel, bandwidth: Bandwidth) {
         self.memory = memory
+        looker = MemoryLooker(memory)
         self.told = told
         self.writer = writer
         self.channel = channel
@@ -56,15 +59,24 @@ final class PageSender {
             // Cannot be, as the bitmap holds RAM only; but a page whose bit was taken must never be left out in silence.
             throw .machineFailed(doing: "sending memory", why: "pages at \(address) are not RAM")
         }
+        // A copy may be older than the memory, never older than this: the caller had the pages tracked before (W1), so a
+        // guest that fills a hole or a page of zeroes after the look has it collected and sent again. In the stopped
+        // round nobody fills any.
+        looker.refresh()
+        func isZeroPage(_ page: Int) -> Bool {
+            // Cannot be nil: the run lies within a region.
+            guard let bytes = looker.look(at: page, of: run) else { return false }
+            return lacuna_is_zero(bytes, pageSize)
+        }
         var page = run.lowerBound
         while page < run.upperBound {
             let first = page
-            let isZero = lacuna_is_zero(host + (page - run.lowerBound) * pageSize, pageSize)
+            let isZero = isZeroPage(page)
             page += 1
             // One look at each page: what ends this stretch begins the next, and is looked at again only there.
-            while page < run.upperBound, isZero || page - first < StreamLimits.pagesInFrame,
-                lacuna_is_zero(host + (page - run.lowerBound) * pageSize, pageSize) == isZero
-            { page += 1 }
+            while page < run.upperBound, isZero || page - first < StreamLimits.pagesInFrame, isZeroPage(page) == isZero {
+                page += 1
+            }
             if isZero {
                 try queueZero(first..<page)
                 round.zero += page - first

@@ -10,9 +10,10 @@ enum Verification {
 
     /// CRC-32C of each page of `pages`, little-endian, one after the other. Nil if they are not all within a region.
     static func checksums(of pages: Range<Int>, in memory: GuestMemory) -> [UInt8]? {
-        let address = PageFrameNumber(UInt64(pages.lowerBound)).address
-        guard let host = memory.hostPointer(address, bytes: pages.count * pageSize) else { return nil }
-        return encode((0..<pages.count).map { lacuna_crc32c(0, host + $0 * pageSize, pageSize) })
+        // On both sides: a hole in the memory's file is as good as a page of zeroes, and stays a hole.
+        let looker = MemoryLooker(memory)
+        guard pages.lowerBound >= 0, memory.isRAM(pages: pages) else { return nil }
+        return encode(pages.map { page in looker.look(at: page, of: pages).map { lacuna_crc32c(0, $0, pageSize) } ?? 0 })
     }
 
     /// Checksums as a frame carries them.

@@ -23,7 +23,9 @@ public import Virtio
         var queues: [VirtQueue?] = []
         var signals: DeviceSignals?
         var isMachineRunning = false
-        /// Present while the kernel serves the queues.
+        /// The kernel serves the queues.
+        var isServed = false
+        /// Present while the kernel serves them, or is about to.
         var listener: Listener?
         /// The driver has to hear that its connections are gone.
         var owesReset = false
@@ -103,6 +105,16 @@ public import Virtio
 
     // MARK: The machine
 
+    /// To be called before the vCPUs run for the first time: what may fail for want of something fails here.
+    public func prepare() throws(VhostError) {
+        try state.withLock { (state) throws(VhostError) in
+            guard state.listener == nil, state.queues.prefix(2).compactMap({ $0 }).count == 2,
+                let signals = state.signals, let vhost = vhost.withLock({ $0 })
+            else { return }
+            state.listener = try Listener(vhost, signals)
+        }
+    }
+
     /// To be called when the vCPUs begin to run.
     public func machineRuns() {
         state.withLock { state in
@@ -129,9 +141,15 @@ public import Virtio
     private func update(_ state: inout State) {
         let queues = state.queues.prefix(2).compactMap { $0 }
         let shallServe = state.isMachineRunning && queues.count == 2
-        guard shallServe != (state.listener != nil), let vhost = vhost.withLock({ $0 }) else { return }
+        if !shallServe {
+            state.listener?.end()
+            state.listener = nil
+        }
+        guard shallServe != state.isServed, let vhost = vhost.withLock({ $0 }) else { return }
         do throws(VhostError) {
             if shallServe {
+                // Before the kernel starts: where there is no room for a thread, nothing has begun.
+                if state.listener == nil, let signals = state.signals { state.listener = try Listener(vhost, signals) }
                 try vhost.start(
                     queues.map { queue in
                         let saved = queue.state
@@ -139,10 +157,9 @@ public import Virtio
                             size: queue.size, descriptors: saved.descriptors, available: saved.available, used: saved.used,
                             nextAvailable: saved.nextAvailable)
                     })
-                if let signals = state.signals { state.listener = try Listener(vhost, signals) }
+                state.isServed = true
             } else {
-                state.listener?.end()
-                state.listener = nil
+                state.isServed = false
                 let bases = try vhost.stop(rings: 2)
                 for (queue, base) in zip(queues, bases) {
                     // The kernel goes on from the used index that it finds in guest memory.
@@ -152,6 +169,8 @@ public import Virtio
             }
         } catch {
             // A guest whose rings the kernel does not take has a broken device, and only that.
+            state.listener?.end()
+            state.listener = nil
             state.signals?.needsReset()
         }
     }
@@ -216,15 +235,19 @@ private final class Listener: Sendable {
             }
         }
         var thread = pthread_t()
+        let argument = unsafe Unmanaged.passRetained(body)
         let result = unsafe pthread_create(
             &thread, nil,
             { argument in
                 unsafe lacuna_name_thread("vsock")
                 unsafe Unmanaged<Body>.fromOpaque(argument!).takeRetainedValue().run()
                 return nil
-            }, Unmanaged.passRetained(body).toOpaque())
-        // The only causes are limits on threads that a machine cannot run without.
-        precondition(result == 0, "pthread_create: errno \(result)")
+            }, argument.toOpaque())
+        guard result == 0 else {
+            unsafe argument.release()
+            CLinux.close(ending)
+            throw VhostError(call: "pthread_create", errno: result)
+        }
         self.ending = ending
         self.thread = thread
     }

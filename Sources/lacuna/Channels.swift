@@ -99,7 +99,7 @@ enum Relay {
         init(_ channel: ByteChannel) { self.channel = channel }
 
         func start() {
-            startThread(named: "relay") { [channel] in
+            let isStarted = startThread(named: "relay") { [channel] in
                 let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 1 << 18, alignment: 4096)
                 defer { buffer.deallocate() }
                 while true {
@@ -110,6 +110,7 @@ enum Relay {
                 }
                 channel.finishWriting()
             }
+            if !isStarted { exit(1) }
         }
     }
 }

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+import Balloon
 import CLinux
 import Machine
 import Migration
@@ -57,10 +58,23 @@ enum Host {
         }
     }
 
-    private static func finish(_ guest: RunningGuest, _ first: Machine, kernel: Kernel?, console: Int32) throws(Complaint) {
-        var machine = first
+    /// Makes a machine with a kernel in it that `guest` is from here on.
+    private static func boot(
+        _ configuration: MachineConfiguration, _ kernel: Kernel, console: Int32, as guest: RunningGuest,
+        balloonLike former: BalloonDevice? = nil
+    ) throws(MachineError) {
+        let machine = try Machine(configuration, console: console)
+        if let former { machine.inheritBalloon(of: former) }
+        try machine.load(kernel: kernel.path, initramfs: kernel.initramfs, commandLine: kernel.commandLine)
+        guest.set(machine)
+    }
+
+    /// Sees the guest to its end, through all of its reboots. Nobody but `guest` has a reference to its machine: the
+    /// memory of a guest that ended is to go.
+    private static func finish(_ guest: RunningGuest, kernel: Kernel?, console: Int32) throws(Complaint) {
         while true {
-            switch machine.waitForEnd() {
+            switch guest.machine?.waitForEnd() {
+            case nil: return
             case .poweredOff, .stopped: return
             case .migrated:
                 write(Array("lacuna: the guest runs on its destination now\n".utf8), to: 2)
@@ -71,18 +85,22 @@ enum Host {
                 guard let kernel else {
                     throw Complaint("the guest asked for a reboot and this process has no kernel to boot; give `lacuna receive` the same --kernel and --initramfs as `lacuna run`")
                 }
-                do {
-                    let before = machine
-                    machine = try Machine(machine.configuration, console: console)
-                    machine.inheritBalloon(of: before)
-                    try machine.load(kernel: kernel.path, initramfs: kernel.initramfs, commandLine: kernel.commandLine)
-                } catch { throw Complaint("the guest cannot be rebooted: \(error)") }
-                guest.set(machine)
+                do throws(MachineError) { try reboot(guest, kernel, console: console) } catch {
+                    throw Complaint("the guest cannot be rebooted: \(error)")
+                }
                 // A stop that looked for the guest before this line found the old machine, and left its mark.
-                if guest.isStopping { machine.end(.stopped) }
-                machine.resume()
+                if guest.isStopping { guest.machine?.end(.stopped) }
+                guest.machine?.resume()
             }
         }
+    }
+
+    /// Puts a new machine in the place of one that has ended.
+    private static func reboot(_ guest: RunningGuest, _ kernel: Kernel, console: Int32) throws(MachineError) {
+        guard let former = guest.machine else { return }
+        // First: there need not be room for two guests, and of huge pages there are often just enough for one.
+        former.releaseMemory()
+        try boot(former.configuration, kernel, console: console, as: guest, balloonLike: former.balloon)
     }
 
     static func run(_ words: ArraySlice<String>) throws(Complaint) {
@@ -102,18 +120,15 @@ enum Host {
         configuration.vsockCID = try arguments.vsockCID()
         let console = try openConsole(arguments["console"] ?? "stdio")
         let guest = RunningGuest()
-        let machine: Machine
-        do throws(MachineError) {
-            machine = try Machine(configuration, console: console)
-            try machine.load(kernel: kernel.path, initramfs: kernel.initramfs, commandLine: kernel.commandLine)
-        } catch { throw Complaint("\(error)") }
-        guest.set(machine)
+        do throws(MachineError) { try boot(configuration, kernel, console: console, as: guest) } catch {
+            throw Complaint("\(error)")
+        }
         let control = arguments["control"]
         defer { if let control, guest.isServing { unlink(control) } }
         if let control { try guest.serve(at: control) }
         if console == 1 { connectInput(to: guest) }
-        machine.resume()
-        try finish(guest, machine, kernel: kernel, console: console)
+        guest.machine?.resume()
+        try finish(guest, kernel: kernel, console: console)
     }
 
     static func receive(_ words: ArraySlice<String>) throws(Complaint) {
@@ -170,13 +185,12 @@ enum Host {
 
     /// Runs the guest that has arrived, to its end.
     private static func hold(_ incoming: IncomingMachine, _ guest: RunningGuest, _ kernel: Kernel?) throws(Complaint) {
-        guard let machine = incoming.machine else { throw Complaint("no guest was received") }
-        guest.set(machine)
+        guard incoming.handOver(to: guest.set) else { throw Complaint("no guest was received") }
         // A stop that came while the guest did has left its mark only.
-        if guest.isStopping { machine.end(.stopped) }
+        if guest.isStopping { guest.machine?.end(.stopped) }
         write(Array("lacuna: the guest runs here now\n".utf8), to: 2)
         if incoming.console == 1 { connectInput(to: guest) }
-        try finish(guest, machine, kernel: kernel, console: incoming.console)
+        try finish(guest, kernel: kernel, console: incoming.console)
     }
 
     static func restore(_ words: ArraySlice<String>) throws(Complaint) {

@@ -147,13 +147,14 @@ private final class Task: Sendable {
 
     init(_ body: @escaping @Sendable () throws(Complaint) -> Void) {
         wakeup = eventfd(0, Int32(EFD_CLOEXEC))
-        startThread(named: "bench") { [self] in
+        let isStarted = startThread(named: "bench") { [self] in
             var complaint: Complaint?
             do throws(Complaint) { try body() } catch { complaint = error }
             done.withLock { $0 = .some(complaint) }
             var one: UInt64 = 1
             _ = CLinux.write(wakeup, &one, 8)
         }
+        if !isStarted { exit(1) }
     }
     func join() throws(Complaint) {
         var count: UInt64 = 0

@@ -51,11 +51,13 @@ enum VhostUserCommand {
         sigaddset(&signals, SIGINT)
         pthread_sigmask(SIG_BLOCK, &signals, nil)
         let waited = signals
-        startThread(named: "signals") {
+        let isStarted = startThread(named: "signals") {
             var set = waited
             var number: Int32 = 0
             sigwait(&set, &number)
             service.stop()
         }
+        // Nobody could end it.
+        if !isStarted { exit(1) }
     }
 }

@@ -31,6 +31,7 @@ let scenarios = [
     trackerScenarios,
     roughScenarios,
     connectionScenarios,
+    hostTroubleScenarios,
 ].flatMap(\.self)
 
 /// The whole chain, end to end.

@@ -54,6 +54,9 @@ case "relay" where words.count == 5:
 case "vsock" where words.count == 4:
     // A program of the scenarios' own: vsock CID PORT BLOCKS.
     exit(talk(cid: UInt32(words[1]) ?? 0, port: UInt32(words[2]) ?? 0, limit: Int(words[3]) ?? 0))
+case "narrow" where words.count > 3:
+    // The same: narrow USER PROCESSES COMMAND...
+    exit(becomeNarrow(user: UInt32(words[1]) ?? 65534, processes: UInt(words[2]) ?? 1, Array(words[3...])))
 default:
     say("usage: lacuna-scenarios list [--quick] | run NAME [--echo] | demo [--memory SIZE]")
     exit(2)

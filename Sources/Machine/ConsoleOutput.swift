@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+internal import CLinux
+import Migration
+
+/// Where a console's output goes. The guest never waits for whoever reads it: a terminal may be held with ^S, and the
+/// reader of a pipe may have stopped, while the vCPU that prints has to stop at once when the machine is paused. What
+/// the descriptor does not take is kept, up to a limit, and a thread of its own writes it as soon as that can be done.
+/// Beyond the limit it is dropped, as on a real line without flow control.
+///
+/// Thread rules: all methods may be called from any thread; none but `close` waits.
+final class ConsoleOutput: Sendable {
+    private struct State {
+        /// What was not written yet, oldest first.
+        var pending: [UInt8] = []
+        /// A thread sees to `pending`; without one that is empty.
+        var hasWriter = false
+        var dropped: UInt64 = 0
+        var isClosed = false
+    }
+    private let descriptor: Int32
+    private let limit: Int
+    private let state = Monitor(State())
+
+    /// Writes to `descriptor` (negative: nowhere), which stays the caller's, and keeps up to `limit` bytes.
+    init(_ descriptor: Int32, limit: Int = 256 << 10) {
+        self.descriptor = descriptor
+        self.limit = limit
+    }
+
+    /// Bytes that nobody took.
+    var dropped: UInt64 { state.read(\.dropped) }
+
+    func send(_ byte: UInt8) {
+        guard descriptor >= 0 else { return }
+        let needsWriter = state.update { state in
+            guard !state.isClosed else {
+                state.dropped += 1
+                return false
+            }
+            if !state.hasWriter, write([byte][...]) != 0 { return false }
+            guard state.pending.count < limit else {
+                state.dropped += 1
+                return false
+            }
+            state.pending.append(byte)
+            defer { state.hasWriter = true }
+            return !state.hasWriter
+        }
+        guard needsWriter else { return }
+        do throws(MigrationError) { try startThreadIfPossible(named: "console output") { self.writePending() } } catch {
+            state.update { state in
+                state.dropped += UInt64(state.pending.count)
+                (state.pending, state.hasWriter) = ([], false)
+            }
+        }
+    }
+
+    /// Waits up to `milliseconds` until everything is written; nothing is from then on.
+    func close(milliseconds: UInt64) {
+        _ = state.wait(nanoseconds: milliseconds * 1_000_000) { $0.pending.isEmpty ? () : nil }
+        let dropped = state.update { state in
+            state.dropped += UInt64(state.pending.count)
+            state.pending = []
+            defer { state.isClosed = true }
+            return state.isClosed ? 0 : state.dropped
+        }
+        if dropped > 0 { logLine("\(dropped) bytes of the console's output were dropped: nobody read them") }
+    }
+
+    /// Writes as much as can be written without waiting: 0 if that is nothing, all of it if it can never be written.
+    private func write(_ bytes: ArraySlice<UInt8>) -> Int {
+        var polled = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
+        guard poll(&polled, 1, 0) > 0 else { return 0 }
+        // A pipe that polls writable has room for these; a terminal held at this very moment, or a pipe that somebody
+        // else fills, may make the call wait until a signal, and `Machine.pause` sends those until the vCPU stops.
+        let count = bytes.withUnsafeBytes { CLinux.write(descriptor, $0.baseAddress, $0.count) }
+        if count >= 0 { return count }
+        return lacuna_errno() == EINTR || lacuna_errno() == EAGAIN ? 0 : bytes.count
+    }
+
+    /// The thread: ends once nothing is left to write.
+    private func writePending() {
+        let mostAtOnce = 512, lookMilliseconds: Int32 = 200
+        while true {
+            let next: ArraySlice<UInt8> = state.update { state in
+                if state.pending.isEmpty { state.hasWriter = false }
+                return state.pending.prefix(mostAtOnce)
+            }
+            guard !next.isEmpty else { return }
+            // Not for ever: `close` takes away what there is to write.
+            var polled = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
+            guard poll(&polled, 1, lookMilliseconds) > 0 else { continue }
+            let count = write(next)
+            // Only this thread takes bytes away, but for `close`.
+            state.update { $0.pending.removeFirst(min(count, $0.pending.count)) }
+        }
+    }
+}
