@@ -25,8 +25,10 @@
 
 void lacuna_write_actual(struct lacuna_balloon *vb)
 {
-	u32 actual = vb->nr_pages * LACUNA_PFNS_PER_PAGE;
+	unsigned int pages = READ_ONCE(vb->nr_pages);
+	u32 actual = pages * LACUNA_PFNS_PER_PAGE;
 
+	WRITE_ONCE(vb->told, pages);
 	virtio_cwrite_le(vb->vdev, struct virtio_balloon_config, actual,
 			 &actual);
 }
@@ -71,6 +73,48 @@ static void lacuna_put(struct lacuna_balloon *vb, struct page *page)
 }
 
 /*
+ * Back into the balloon with a page whose leaving the device was not told of.
+ * Compaction may still be about to let go of it, and until then its place in
+ * a list is not ours.
+ */
+static bool lacuna_readmit(struct lacuna_balloon *vb, struct page *page)
+{
+	unsigned long flags;
+
+	if (page_count(page) != 1 || !trylock_page(page))
+		return false;
+	spin_lock_irqsave(&vb->balloon.pages_lock, flags);
+	balloon_page_insert(&vb->balloon, page);
+	__count_vm_event(BALLOON_INFLATE);
+	spin_unlock_irqrestore(&vb->balloon.pages_lock, flags);
+	unlock_page(page);
+	return true;
+}
+
+/* The device knows of the pages that wait for it: they are the guest's. */
+static void lacuna_release_leaving(struct lacuna_balloon *vb)
+{
+	struct page *page, *next;
+
+	list_for_each_entry_safe(page, next, &vb->leaving, lru) {
+		list_del(&page->lru);
+		vb->nr_pages--;
+		lacuna_put(vb, page);
+	}
+	if (vb->limbo) {
+		vb->nr_pages--;
+		lacuna_put(vb, vb->limbo);
+		vb->limbo = NULL;
+	}
+}
+
+static bool lacuna_broken(struct lacuna_balloon *vb)
+{
+	return virtqueue_is_broken(vb->vqs[LACUNA_VQ_INFLATE]) ||
+	       virtqueue_is_broken(vb->vqs[LACUNA_VQ_DEFLATE]);
+}
+
+/*
  * Is the device able to take a buffer? If it owes one, look whether that came
  * back at last.
  */
@@ -78,17 +122,25 @@ static bool lacuna_ready(struct lacuna_balloon *vb)
 {
 	bool used = false;
 
-	if (READ_ONCE(vb->dead))
+	if (READ_ONCE(vb->dead) || lacuna_broken(vb))
 		return false;
-	if (!vb->owing)
-		return true;
-	if (!lacuna_returned(vb, vb->owing, &used) || !used)
-		return false;
-	vb->owing = NULL;
-	if (vb->limbo)
-		lacuna_put(vb, vb->limbo);
-	vb->limbo = NULL;
-	dev_info(&vb->vdev->dev, "the device returned the buffer\n");
+	if (vb->owing) {
+		if (!lacuna_returned(vb, vb->owing, &used) || !used)
+			return false;
+		/* Only that one says that pages have left. */
+		if (vb->owing == vb->vqs[LACUNA_VQ_DEFLATE])
+			lacuna_release_leaving(vb);
+		WRITE_ONCE(vb->owing, NULL);
+		dev_info(&vb->vdev->dev, "the device returned the buffer\n");
+		/* Its interrupt may come too late to see that it was owed. */
+		if (!READ_ONCE(vb->stopping))
+			queue_delayed_work(vb->wq, &vb->size_work, 0);
+	}
+	if (vb->limbo) {
+		if (!lacuna_readmit(vb, vb->limbo))
+			return false;
+		vb->limbo = NULL;
+	}
 	return true;
 }
 
@@ -119,7 +171,13 @@ static int lacuna_tell(struct lacuna_balloon *vb, enum lacuna_queue queue)
 		return 0;
 	if (READ_ONCE(vb->dead) || virtqueue_is_broken(vq))
 		return -EIO;
-	vb->owing = vq;
+	WRITE_ONCE(vb->owing, vq);
+	/* Either the interrupt sees that nobody waits, or it is seen here. */
+	smp_mb();
+	if (lacuna_returned(vb, vq, &used) && used) {
+		WRITE_ONCE(vb->owing, NULL);
+		return 0;
+	}
 	mutex_lock(&vb->figures_lock);
 	vb->totals.timeouts++;
 	mutex_unlock(&vb->figures_lock);
@@ -197,7 +255,11 @@ static unsigned int lacuna_deflate(struct lacuna_balloon *vb, u64 count)
 		list_for_each_entry(page, &pages, lru)
 			lacuna_add_pfns(vb, page);
 		err = lacuna_tell(vb, LACUNA_VQ_DEFLATE);
-		if (err && !READ_ONCE(vb->dead)) {
+		if (err == -ETIMEDOUT) {
+			/* Perhaps told, so not ours before it says so. */
+			list_splice_init(&pages, &vb->leaving);
+			given = 0;
+		} else if (err && !READ_ONCE(vb->dead)) {
 			/* Not told, so not ours yet. */
 			balloon_page_list_enqueue(&vb->balloon, &pages);
 			given = 0;
@@ -217,18 +279,25 @@ static void lacuna_size_work(struct work_struct *work)
 	struct lacuna_balloon *vb =
 		container_of(to_delayed_work(work), struct lacuna_balloon,
 			     size_work);
-	unsigned int done;
+	unsigned int done = 0;
 	s64 distance;
+	bool ready;
 
-	if (READ_ONCE(vb->stopping) ||
-	    virtqueue_is_broken(vb->vqs[LACUNA_VQ_INFLATE]))
+	if (READ_ONCE(vb->stopping) || lacuna_broken(vb))
 		return;
+	mutex_lock(&vb->balloon_lock);
+	ready = lacuna_ready(vb);
+	mutex_unlock(&vb->balloon_lock);
+	/* A buffer that came back late may have changed it. */
+	if (READ_ONCE(vb->nr_pages) != READ_ONCE(vb->told))
+		lacuna_write_actual(vb);
+
 	distance = lacuna_distance(vb);
-	if (!distance)
+	if (ready && !distance)
 		return;
-	if (distance > 0)
+	if (ready && distance > 0)
 		done = lacuna_inflate(vb, distance);
-	else
+	else if (ready)
 		done = lacuna_deflate(vb, -distance);
 	if (done)
 		lacuna_write_actual(vb);
@@ -292,12 +361,13 @@ static int lacuna_migrate_page(struct balloon_dev_info *info,
 		put_page(page);
 	} else {
 		/*
-		 * The device was not told that the page left the balloon, and
-		 * it is not on its list. At most one can come here before
-		 * lacuna_ready() says no. It is counted as managed when it is
+		 * The device has not said that it knows. The page waits for
+		 * that, or goes back into the balloon: lacuna_ready() lets no
+		 * other come here before. It is counted as managed when it is
 		 * put, which for a page that stays in its zone was done.
 		 */
 		lacuna_manage(vb, page, -1);
+		vb->nr_pages++;
 		vb->limbo = page;
 	}
 	mutex_unlock(&vb->balloon_lock);
@@ -326,6 +396,7 @@ void lacuna_balloon_init(struct lacuna_balloon *vb)
 {
 	INIT_DELAYED_WORK(&vb->size_work, lacuna_size_work);
 	mutex_init(&vb->balloon_lock);
+	INIT_LIST_HEAD(&vb->leaving);
 	balloon_devinfo_init(&vb->balloon);
 #ifdef CONFIG_BALLOON_COMPACTION
 	vb->balloon.migratepage = lacuna_migrate_page;
@@ -353,6 +424,11 @@ void lacuna_balloon_release(struct lacuna_balloon *vb)
  */
 void lacuna_balloon_empty(struct lacuna_balloon *vb)
 {
+	if (READ_ONCE(vb->dead)) {
+		mutex_lock(&vb->balloon_lock);
+		lacuna_release_leaving(vb);
+		mutex_unlock(&vb->balloon_lock);
+	}
 	while (vb->nr_pages) {
 		if (lacuna_deflate(vb, vb->nr_pages))
 			continue;
@@ -360,9 +436,5 @@ void lacuna_balloon_empty(struct lacuna_balloon *vb)
 			return;
 		/* The rest is in the hands of compaction for a moment. */
 		schedule_timeout_idle(1);
-	}
-	if (READ_ONCE(vb->dead) && vb->limbo) {
-		lacuna_put(vb, vb->limbo);
-		vb->limbo = NULL;
 	}
 }

@@ -6,11 +6,15 @@
  * asks for bitmaps as well chooses by what it asks for.
  */
 #include <linux/gfp.h>
+#include <linux/jiffies.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
 #include <linux/shrinker.h>
 
 #include "lacuna.h"
+
+/* The ids below say stop and done. */
+#define LACUNA_HINT_FIRST	(VIRTIO_BALLOON_CMD_ID_DONE + 1)
 
 #define LACUNA_BLOCK_PAGES	(1UL << LACUNA_MAX_ORDER)
 
@@ -27,15 +31,23 @@ static u32 lacuna_read_hint_id(struct lacuna_balloon *vb)
 	smp_rmb();
 	virtio_cread_le(vb->vdev, struct lacuna_config,
 			balloon.free_page_hint_cmd_id, &id);
+	/* Wherever it is read: the next id may follow at once. */
+	if (id == VIRTIO_BALLOON_CMD_ID_DONE)
+		vb->hint_done = true;
 	return id;
 }
 
-/* Has the device something else in mind? */
+static bool lacuna_hint_news(struct lacuna_balloon *vb)
+{
+	return atomic_read(&vb->config_changes) != vb->hint_seen;
+}
+
+/* Has the device something else in mind? May sleep. */
 static bool lacuna_hint_over(struct lacuna_balloon *vb)
 {
 	if (READ_ONCE(vb->stopping))
 		return true;
-	if (atomic_read(&vb->config_changes) == vb->hint_seen)
+	if (!lacuna_hint_news(vb))
 		return false;
 	return lacuna_read_hint_id(vb) != vb->hint_id;
 }
@@ -81,15 +93,22 @@ static bool lacuna_hint_room(struct lacuna_balloon *vb, unsigned int room)
 static int lacuna_hint_wait(struct lacuna_balloon *vb, unsigned int room)
 {
 	struct virtqueue *vq = vb->vqs[LACUNA_VQ_HINT];
+	unsigned long end = jiffies + LACUNA_USED_TIMEOUT;
 
-	if (lacuna_hint_room(vb, room))
-		return 0;
-	virtqueue_kick(vq);
-	wait_event_idle_timeout(vb->wait,
-				lacuna_hint_room(vb, room) ||
-				virtqueue_is_broken(vq) ||
-				lacuna_hint_over(vb), LACUNA_USED_TIMEOUT);
-	return vq->num_free >= room ? 0 : -EBUSY;
+	while (!lacuna_hint_room(vb, room)) {
+		long left = (long)(end - jiffies);
+
+		if (left <= 0 || virtqueue_is_broken(vq) || lacuna_hint_over(vb))
+			return -EBUSY;
+		virtqueue_kick(vq);
+		/* Reading what the device has in mind may sleep. */
+		wait_event_idle_timeout(vb->wait,
+					lacuna_hint_room(vb, room) ||
+					virtqueue_is_broken(vq) ||
+					READ_ONCE(vb->stopping) ||
+					lacuna_hint_news(vb), left);
+	}
+	return 0;
 }
 
 static int lacuna_hint_command(struct lacuna_balloon *vb, __virtio32 *place,
@@ -128,14 +147,16 @@ static int lacuna_hint_block(struct lacuna_balloon *vb, struct page *page)
 	return 0;
 }
 
-static void lacuna_hint_all(struct lacuna_balloon *vb)
+/* Returns false if the device keeps what it needs to begin. */
+static bool lacuna_hint_all(struct lacuna_balloon *vb)
 {
 	/* The device still reads what a command is written to. */
 	if (vb->hint_cmds)
-		return;
-	if (lacuna_hint_wait(vb, 2) ||
-	    lacuna_hint_command(vb, &vb->hint_start, vb->hint_id))
-		return;
+		return false;
+	if (lacuna_hint_wait(vb, 2))
+		return false;
+	if (lacuna_hint_command(vb, &vb->hint_start, vb->hint_id))
+		return true;
 
 	/* One place is kept for the command that ends it. */
 	while (!lacuna_hint_over(vb) && !lacuna_hint_wait(vb, 2)) {
@@ -153,28 +174,45 @@ static void lacuna_hint_all(struct lacuna_balloon *vb)
 	if (lacuna_hint_room(vb, 1))
 		lacuna_hint_command(vb, &vb->hint_stop,
 				    VIRTIO_BALLOON_CMD_ID_STOP);
+	return true;
+}
+
+/* Have the work begin again when a buffer comes back. */
+static void lacuna_hint_later(struct lacuna_balloon *vb)
+{
+	WRITE_ONCE(vb->hint_waits, true);
+	/* Either the interrupt sees that, or its buffer is seen here. */
+	smp_mb();
+	if (lacuna_hint_room(vb, 2) && !vb->hint_cmds &&
+	    !READ_ONCE(vb->stopping))
+		queue_work(vb->wq, &vb->hint_work);
 }
 
 static void lacuna_hint_work(struct work_struct *work)
 {
 	struct lacuna_balloon *vb =
 		container_of(work, struct lacuna_balloon, hint_work);
-	u32 id;
+	u32 id, before = vb->hint_id;
 
 	if (READ_ONCE(vb->stopping) ||
 	    virtqueue_is_broken(vb->vqs[LACUNA_VQ_HINT]))
 		return;
+	WRITE_ONCE(vb->hint_waits, false);
 	lacuna_hint_reap(vb);
 	id = lacuna_read_hint_id(vb);
-	if (id == VIRTIO_BALLOON_CMD_ID_DONE) {
-		lacuna_hint_free(vb, ULONG_MAX);
-	} else if (id != VIRTIO_BALLOON_CMD_ID_STOP && id != vb->hint_id) {
+	if (id >= LACUNA_HINT_FIRST && id != before) {
 		vb->hint_id = id;
-		lacuna_hint_all(vb);
+		if (!lacuna_hint_all(vb)) {
+			vb->hint_id = before;
+			lacuna_hint_later(vb);
+		}
 		/* A change seen here may have come with an earlier notice. */
 		if (lacuna_read_hint_id(vb) != id && !READ_ONCE(vb->stopping))
 			queue_work(vb->wq, &vb->hint_work);
 	}
+	if (vb->hint_done)
+		lacuna_hint_free(vb, ULONG_MAX);
+	vb->hint_done = false;
 }
 
 static unsigned long lacuna_hint_count(struct shrinker *shrinker,

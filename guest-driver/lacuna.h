@@ -121,10 +121,17 @@ struct lacuna_balloon {
 	/* Under balloon_lock from here on. */
 	struct balloon_dev_info balloon;	/* has a lock of its own */
 	unsigned int nr_pages;			/* the kernel's pages in it */
+	unsigned int told;			/* nr_pages as last written */
 	unsigned int nr_pfns;
 	__virtio32 pfns[LACUNA_PFNS_MAX];
 	struct virtqueue *owing;		/* still has pfns, long overdue */
-	struct page *limbo;			/* a page that vq did not give back */
+	/*
+	 * Pages that left the list and are still in the balloon for the
+	 * device: those of a deflate buffer that it owes, and the one that
+	 * compaction replaced.
+	 */
+	struct list_head leaving;
+	struct page *limbo;
 	struct notifier_block oom;
 
 	/* Statistics (stats.c); the work's own. */
@@ -140,6 +147,8 @@ struct lacuna_balloon {
 	struct work_struct hint_work;
 	int hint_seen;				/* the work's own */
 	u32 hint_id;				/* the work's own */
+	bool hint_done;				/* the work's own: DONE was read */
+	bool hint_waits;			/* the work has to be begun again */
 	unsigned int hint_cmds;			/* the work's own */
 	__virtio32 hint_start, hint_stop;	/* the device's while hint_cmds */
 	spinlock_t hint_lock;			/* the two below */

@@ -50,6 +50,15 @@ static void lacuna_balloon_used(struct virtqueue *vq)
 		queue_delayed_work(vb->wq, &vb->size_work, 0);
 }
 
+static void lacuna_hint_used(struct virtqueue *vq)
+{
+	struct lacuna_balloon *vb = vq->vdev->priv;
+
+	wake_up_all(&vb->wait);
+	if (READ_ONCE(vb->hint_waits) && !READ_ONCE(vb->stopping))
+		queue_work(vb->wq, &vb->hint_work);
+}
+
 static void lacuna_bitmap_used(struct virtqueue *vq)
 {
 	struct lacuna_balloon *vb = vq->vdev->priv;
@@ -163,7 +172,7 @@ static int lacuna_find(struct lacuna_balloon *vb, bool bitmap)
 		[LACUNA_VQ_INFLATE] = { lacuna_balloon_used, "inflate" },
 		[LACUNA_VQ_DEFLATE] = { lacuna_balloon_used, "deflate" },
 		[LACUNA_VQ_STATS] = { lacuna_stats_request, "stats" },
-		[LACUNA_VQ_HINT] = { lacuna_used, "free_page_vq" },
+		[LACUNA_VQ_HINT] = { lacuna_hint_used, "free_page_vq" },
 		[LACUNA_VQ_REPORTING] = { lacuna_used, "reporting_vq" },
 		[LACUNA_VQ_BITMAP] = { lacuna_bitmap_used, "bitmap" },
 	};
@@ -223,6 +232,8 @@ static int lacuna_start(struct lacuna_balloon *vb)
 	vb->overdue = false;
 	vb->hint_id = VIRTIO_BALLOON_CMD_ID_STOP;
 	vb->hint_cmds = 0;
+	vb->hint_done = false;
+	vb->hint_waits = false;
 	vb->owing = NULL;
 	WRITE_ONCE(vb->dead, false);
 	WRITE_ONCE(vb->stopping, false);

@@ -229,14 +229,18 @@ static void lacuna_overdue(struct lacuna_balloon *vb, u32 cmd_id, int err)
 {
 	if (err == -ESHUTDOWN)
 		return;
-	/* From now on the first buffer to come back starts the work again. */
-	WRITE_ONCE(vb->overdue, true);
 	mutex_lock(&vb->figures_lock);
 	vb->totals.timeouts++;
 	mutex_unlock(&vb->figures_lock);
 	dev_err_ratelimited(&vb->vdev->dev,
 			    "request %u: %u buffers not returned: %d\n",
 			    cmd_id, vb->in_flight, err);
+	/* From now on the first buffer to come back starts the work again. */
+	WRITE_ONCE(vb->overdue, true);
+	/* Either its interrupt sees that, or the buffer is seen here. */
+	smp_mb();
+	if (!lacuna_reap(vb) && !READ_ONCE(vb->stopping))
+		queue_work(vb->wq, &vb->report_work);
 }
 
 static void lacuna_report_work(struct work_struct *work)

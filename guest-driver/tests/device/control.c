@@ -6,6 +6,7 @@
  *	target		write the balloon's size in pages; reads as what it got
  *	stats		write anything to ask; reads as "tag=value" of the last
  *	hint		write a free page hint command id; reads as its figures
+ *	kept		reads as the buffers of each queue that are not used
  *	suspend		write to take the driver through freeze and restore
  *	replug		write to take the device away and bring it back
  */
@@ -144,6 +145,19 @@ static int hint_get(char *buffer, const struct kernel_param *kp)
 	return length;
 }
 
+static int kept_get(char *buffer, const struct kernel_param *kp)
+{
+	if (!device)
+		return -ENODEV;
+	return scnprintf(buffer, PAGE_SIZE,
+			 "inflate=%u deflate=%u hint=%u reporting=%u bitmap=%u\n",
+			 READ_ONCE(device->kept[VQ_INFLATE]),
+			 READ_ONCE(device->kept[VQ_DEFLATE]),
+			 READ_ONCE(device->kept[VQ_HINT]),
+			 READ_ONCE(device->kept[VQ_REPORTING]),
+			 READ_ONCE(device->kept[VQ_BITMAP]));
+}
+
 static int suspend_set(const char *value, const struct kernel_param *kp)
 {
 	int err;
@@ -165,16 +179,17 @@ static int replug_set(const char *value, const struct kernel_param *kp)
 	return plug_device();
 }
 
-#define SYSFS_PARAMETER(name, mode, getter)				\
+#define SYSFS_PARAMETER(name, mode, setter, getter)			\
 	static const struct kernel_param_ops name##_ops = {		\
-		.set = name##_set,					\
+		.set = setter,						\
 		.get = getter,						\
 	};								\
 	module_param_cb(name, &name##_ops, NULL, mode)
 
-SYSFS_PARAMETER(request, 0644, request_get);
-SYSFS_PARAMETER(target, 0644, target_get);
-SYSFS_PARAMETER(stats, 0644, stats_get);
-SYSFS_PARAMETER(hint, 0644, hint_get);
-SYSFS_PARAMETER(suspend, 0200, NULL);
-SYSFS_PARAMETER(replug, 0200, NULL);
+SYSFS_PARAMETER(request, 0644, request_set, request_get);
+SYSFS_PARAMETER(target, 0644, target_set, target_get);
+SYSFS_PARAMETER(stats, 0644, stats_set, stats_get);
+SYSFS_PARAMETER(hint, 0644, hint_set, hint_get);
+SYSFS_PARAMETER(kept, 0444, NULL, kept_get);
+SYSFS_PARAMETER(suspend, 0200, suspend_set, NULL);
+SYSFS_PARAMETER(replug, 0200, replug_set, NULL);

@@ -51,6 +51,10 @@ static unsigned int early;
 module_param(early, uint, 0444);
 MODULE_PARM_DESC(early, "Command id that is there when the driver is ready");
 
+static unsigned int hint_next;
+module_param(hint_next, uint, 0644);
+MODULE_PARM_DESC(hint_next, "Hint command id that follows the instant DONE is read");
+
 struct test_device *device;
 struct page *held[HELD_PAGES];
 u8 *copy;
@@ -181,10 +185,16 @@ static void take_hint(struct test_device *t, struct chain *c)
 	u64 now = ktime_get_ns();
 
 	if (c->length == sizeof(u32)) {
-		if (le32_to_cpup((__le32 *)copy) == t->hint_id)
-			t->hinted = 0;
-		else
-			t->hint_stop_ns = now;
+		u32 id = le32_to_cpup((__le32 *)copy);
+
+		if (id == VIRTIO_BALLOON_CMD_ID_STOP) {
+			/* Of an older request, that does not end this one. */
+			if (t->hint_begun == t->hint_id)
+				t->hint_stop_ns = now;
+			return;
+		}
+		t->hint_begun = id;
+		t->hinted = 0;
 		return;
 	}
 	count_pages(c, &t->hinted);
@@ -221,10 +231,14 @@ static void drain(struct test_device *t, int index)
 	struct test_queue *q = &t->queues[index];
 	static struct chain c;
 	struct vring vr;
+	u16 avail;
 
 	if (!q->vq)
 		return;
 	ring_of(q, &vr);
+	avail = le16_to_cpu((__force __le16)READ_ONCE(vr.avail->idx));
+	WRITE_ONCE(t->kept[index], READ_ONCE(keep) & BIT(index) ?
+				   (u16)(avail - q->last_avail) : 0);
 	while (q->last_avail !=
 	       le16_to_cpu((__force __le16)READ_ONCE(vr.avail->idx))) {
 		bool used;
@@ -384,6 +398,7 @@ void reset_device(struct virtio_device *vdev)
 	set_config_u32(t, 8, 0);
 	/* Nothing a driver would write. */
 	set_config_u32(t, 12, 0x12345678);
+	memset(t->kept, 0, sizeof(t->kept));
 	/* What was in the balloon is the guest's again. */
 	bitmap_zero(t->inside, get_num_physpages() + (1UL << 20));
 	mutex_unlock(&t->lock);
@@ -392,7 +407,18 @@ void reset_device(struct virtio_device *vdev)
 static void get(struct virtio_device *vdev, unsigned int offset, void *buf,
 		unsigned int len)
 {
-	memcpy(buf, to_test(vdev)->config + offset, len);
+	struct test_device *t = to_test(vdev);
+	u32 next = READ_ONCE(hint_next);
+
+	memcpy(buf, t->config + offset, len);
+	/* Whoever waits to the last for DONE to be read goes on right here. */
+	if (offset == 8 && next && config_u32(t, 8) == VIRTIO_BALLOON_CMD_ID_DONE) {
+		WRITE_ONCE(hint_next, 0);
+		t->hint_id = next;
+		t->hint_stop_ns = 0;
+		set_config_u32(t, 8, next);
+		virtio_config_changed(vdev);
+	}
 }
 
 static void set(struct virtio_device *vdev, unsigned int offset,

@@ -41,6 +41,8 @@ struct test_device {
 	struct task_struct *thread;
 	wait_queue_head_t kicked;
 	bool news;
+	/* Buffers that each queue has and the device leaves alone. */
+	unsigned int kept[MAX_VQS];
 
 	/* All below. */
 	struct mutex lock;
@@ -57,7 +59,7 @@ struct test_device {
 	/* Free page reporting and hints in blocks. */
 	u64 reported, hinted;
 	u64 hint_start_ns, hint_last_ns, hint_stop_ns;
-	u32 hint_id;
+	u32 hint_id, hint_begun;
 
 	/* The bitmap report being read. */
 	bool open;

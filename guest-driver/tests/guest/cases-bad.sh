@@ -94,11 +94,6 @@ case_slow_device()
 	ask 5
 }
 
-overdue()
-{
-	[ "$(figure overdue_buffers)" -ge 1 ]
-}
-
 # Bit 5 is the bitmap's queue.
 case_bitmap_kept()
 {
@@ -106,7 +101,7 @@ case_bitmap_kept()
 	load_device keep=32
 	load_driver
 	echo 2 > $params/request
-	wait_for 30 overdue || fail "the driver waits for ever"
+	wait_for 30 figure_is overdue_buffers 1 || fail "the driver waits for ever"
 	# A new request cannot be answered, and costs nothing.
 	echo 3 > $params/request
 	inflate 1000
@@ -119,31 +114,96 @@ case_bitmap_kept()
 	# And unloading while they are kept.
 	echo 32 > $params/keep
 	echo 5 > $params/request
-	usleep 100000
+	wait_for 10 keeps bitmap 1 || fail "nothing is kept: $(cat $params/kept)"
 	within 10 rmmod lacuna_balloon
 }
 
 case_balloon_kept()
 {
-	expect_log 'the device keeps a buffer of the'
+	expect_log 'the device keeps a buffer of the inflate queue'
+	expect_log 'the device keeps a buffer of the deflate queue'
 	load_device keep=1
 	load_driver
 	echo 1000 > $params/target
-	wait_for 30 overdue || fail "the driver waits for ever"
+	wait_for 30 figure_is overdue_buffers 1 || fail "the driver waits for ever"
 	# Reports are not held up.
 	ask 2
 	# It goes on by itself when the buffer comes back.
 	echo 0 > $params/keep
 	inflate 1000
+	[ "$(vmstat balloon_inflate)" -ge 1000 ] || fail "nothing was inflated"
 	echo 2 > $params/keep
 	echo 0 > $params/target
-	wait_for 30 [ "$(figure overdue_buffers)" -ge 1 ] || fail "deflate"
-	usleep 6000000
+	wait_for 30 figure_is overdue_buffers 2 || fail "deflate waits for ever"
+	[ "$(figure balloon_pages)" = 1000 ] ||
+		fail "$(figure balloon_pages) pages, and the device keeps all"
+	# Each page is given back once, also those of the kept buffer.
+	echo 0 > $params/keep
+	wait_for 30 target_is 0 || fail "balloon: $(cat $params/target)"
+	[ "$(value wrong "$(cat $params/target)")" = 0 ] ||
+		fail "given back twice: $(cat $params/target)"
+	# And unloading while it is kept.
+	inflate 1000
+	total=$(meminfo MemTotal)
+	echo 2 > $params/keep
+	echo 0 > $params/target
+	wait_for 30 figure_is overdue_buffers 3 || fail "deflate, once more"
 	within 15 rmmod lacuna_balloon
-	[ "$(vmstat balloon_inflate)" -ge 1000 ] || fail "nothing was inflated"
+	[ "$(meminfo MemTotal)" = $((total + 4000)) ] ||
+		fail "MemTotal $total, then $(meminfo MemTotal) kB"
 	echo 0 > $params/keep
 	load_driver
 	inflate 500
+}
+
+# Compaction moves a page and the device does not say that it knows. It still
+# counts the old one as its own, so the guest must not use it before the device
+# was told.
+case_compaction_kept()
+{
+	load_device features=0x1
+	load_driver
+	scatter_balloon
+	expect_log 'the device keeps a buffer of the inflate queue'
+	compact_kept 1 1
+	expect_log 'the device keeps a buffer of the deflate queue'
+	scatter_balloon
+	compact_kept 2 2
+	# Unloading while a page is between the two.
+	scatter_balloon
+	total=$(meminfo MemTotal)
+	echo 1 > $params/keep
+	echo 1 > /proc/sys/vm/compact_memory
+	wait_for 30 figure_is overdue_buffers 3 || fail "no third time"
+	within 15 rmmod lacuna_balloon
+	[ "$(meminfo MemTotal)" = $((total + 48000)) ] ||
+		fail "MemTotal $total, then $(meminfo MemTotal) kB"
+}
+
+# A balloon of 12000 pages with holes between them.
+scatter_balloon()
+{
+	inflate 20000
+	echo 60 > $params/fragment
+	inflate 24000
+	echo 0 > $params/fragment
+	inflate 12000
+}
+
+# compact_kept QUEUES TIMES: while the device keeps those queues' buffers.
+compact_kept()
+{
+	moved=$(vmstat balloon_migrate)
+	echo "$1" > $params/keep
+	echo 1 > /proc/sys/vm/compact_memory
+	wait_for 30 figure_is overdue_buffers "$2" || fail "not overdue"
+	moved=$(($(vmstat balloon_migrate) - moved))
+	[ $moved = 1 ] || fail "$moved pages were moved"
+	echo 0 > $params/keep
+	wait_for 30 target_is 12000 || fail "balloon: $(cat $params/target)"
+	[ "$(value wrong "$(cat $params/target)")" = 0 ] ||
+		fail "balloon: $(cat $params/target)"
+	inflate 0
 }
 
 reported()
@@ -157,40 +217,82 @@ case_reporting_kept()
 	expect_log 'the device keeps pages, resetting it'
 	load_device features=0x20 keep=16
 	load_driver
-	dd if=/dev/zero of=/tmp/fill bs=1M count=64 2>/dev/null
-	rm /tmp/fill
-	usleep 4000000
+	fill_and_free 64
+	wait_for 30 keeps reporting 1 || fail "nothing is kept: $(cat $params/kept)"
 	within 15 rmmod lacuna_balloon
 	echo 0 > $params/keep
 	load_driver
 	wait_for 30 reported || fail "no reporting afterwards"
 }
 
+# The ring is full of blocks, and the command that ends them is in it.
 case_hints_kept()
 {
 	load_device features=0x8 keep=8
 	load_driver
 	before=$(free_pages)
 	echo 2 > $params/hint
-	usleep 7000000
+	wait_for 30 keeps hint 64 || fail "not full: $(cat $params/kept)"
+	[ "$(figure hint_blocks)" -gt 50 ] ||
+		fail "only $(figure hint_blocks) blocks are held"
+	[ "$(free_pages)" -lt $((before - 50000)) ] || fail "nothing is held"
 	within 15 rmmod lacuna_balloon
 	[ "$(free_pages)" -ge $((before - 4000)) ] || fail "memory is lost"
 }
 
-# A walk that would last for minutes.
-endless()
+# The host has its next wish the instant the driver has read that it is done
+# with the last, and before it read how that one ended: the blocks go back, and
+# the return of the buffers begins what is next.
+case_hints_late()
 {
-	echo "$1" > $params/request
-	usleep 50000
+	load_device features=0x8 keep=8
+	load_driver
+	echo 3 > $params/hint_next
+	echo 2 > $params/hint
+	wait_for 30 keeps hint 63 || fail "not full: $(cat $params/kept)"
+	# The driver waits for room, and reads this there.
+	echo 1 > $params/hint
+	wait_for 3 released || fail "$(figure hint_blocks) blocks are held"
+	[ "$(cat $params/hint_next)" = 0 ] || fail "DONE was not read"
+	keeps hint 64 || fail "something was used: $(cat $params/kept)"
+	echo 0 > $params/keep
+	wait_for 60 hints_stopped || fail "no hints for 3: $(cat $params/hint)"
+	[ "$(value pages "$(cat $params/hint)")" -gt 50000 ] ||
+		fail "hints for 3: $(cat $params/hint)"
 }
 
+# walk ID: a walk that would last for minutes has read a first block.
+walk()
+{
+	trace batch report
+	echo "$1" > $params/request
+	wait_for 20 traced lacuna_batch: || fail "no walk begins"
+	! answered "$1" || fail "the walk is over already"
+}
+
+# The walk of request ID was given up, and nothing was sent for it.
+given_up()
+{
+	traced "lacuna_report: cmd_id=$1 error=-125 " ||
+		fail "the walk was not given up: $(tail -n 2 $trace_dir/trace)"
+	! answered "$1" || fail "an answer to $1"
+}
+
+# Unloading takes what was traced along, so unbinding comes first here.
 case_unload_in_walk()
 {
 	load_device
 	for round in 1 2 3; do
 		load_test_driver batch=1 pause_us=50000
-		endless 2
+		walk 2
+		if [ $round = 1 ]; then
+			within 5 sh -c 'for device in /sys/bus/virtio/drivers/lacuna_balloon/virtio*; do
+				echo ${device##*/} > ${device%/*}/unbind
+			done'
+			given_up 2
+		fi
 		within 5 rmmod lacuna_balloon
+		! answered 2 || fail "an answer to 2"
 	done
 	load_driver
 	ask 2
@@ -202,11 +304,14 @@ case_unplug_in_walk()
 	load_device
 	load_test_driver batch=1 pause_us=50000
 	for round in 1 2 3; do
-		endless 2
+		walk 2
 		within 5 sh -c "echo 1 > $params/replug"
+		given_up 2
 	done
-	endless 2
+	walk 2
 	within 5 rmmod lacuna_test_device
+	traced "lacuna_report: cmd_id=2 error=-125 " ||
+		fail "the walk was not given up: $(tail -n 2 $trace_dir/trace)"
 	load_device
 	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
 	ask 2
@@ -218,8 +323,9 @@ case_reset_in_walk()
 	load_device
 	load_test_driver batch=1 pause_us=50000
 	for round in 1 2 3; do
-		endless 2
+		walk 2
 		within 5 sh -c "echo 1 > $params/suspend"
+		given_up 2
 	done
 	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
 	ask 2

@@ -51,11 +51,7 @@ case_compaction()
 	load_device features=0x1
 	load_driver
 	moved=$(vmstat balloon_migrate)
-	inflate 20000
-	echo 60 > $params/fragment
-	inflate 24000
-	echo 0 > $params/fragment
-	inflate 12000
+	scatter_balloon
 	for round in 1 2 3; do
 		echo 1 > /proc/sys/vm/compact_memory
 	done
@@ -108,15 +104,13 @@ case_reporting()
 {
 	load_device features=0x20
 	load_driver
-	dd if=/dev/zero of=/tmp/fill bs=1M count=100 2>/dev/null
-	rm /tmp/fill
+	fill_and_free 100
 	wait_for 30 reported || fail "nothing is reported"
 	before=$(value reported "$(cat $params/target)")
 	ask 2
 	check_complete 90
 	echo 1 > $params/suspend
-	dd if=/dev/zero of=/tmp/fill bs=1M count=100 2>/dev/null
-	rm /tmp/fill
+	fill_and_free 100
 	wait_for 30 reported || fail "nothing is reported after a suspend"
 	note "$before pages"
 }
@@ -187,31 +181,43 @@ case_init_on_free()
 	# Not able to say so, it must not have free pages' contents changed.
 	load_device features=0x20
 	load_driver
-	dd if=/dev/zero of=/tmp/fill bs=1M count=64 2>/dev/null
-	rm /tmp/fill
-	usleep 4000000
-	! reported || fail "reported without PAGE_POISON"
+	never_reports
 	ask 2
+}
+
+# Feature bit 5 is not taken, and what is freed now is not shown.
+never_reports()
+{
+	[ "$(cut -c 6 /sys/bus/virtio/drivers/lacuna_balloon/virtio*/features)" = 0 ] ||
+		fail "free page reporting without PAGE_POISON"
+	fill_and_free 64
+	# The kernel waits for two seconds before it reports.
+	! wait_for 5 reported || fail "reported without PAGE_POISON"
 }
 
 # The kernel was booted with page_poison=1: free pages have to read as 0xaa.
 case_poisoned()
 {
 	grep -q page_poison=1 /proc/cmdline || fail "booted without"
-	load_device features=0x10
+	load_device features=0x30
 	load_driver
 	[ "$(value poison "$(cat $params/target)")" = 0xaaaaaaaa ] ||
 		fail "$(cat $params/target)"
 	ask 2
 	check_complete
+	# The device knows what a page has to come back as.
+	fill_and_free 64
+	wait_for 30 reported || fail "nothing is reported"
 	rmmod lacuna_balloon
 	rmmod lacuna_test_device
 	# A device that cannot know must not be told of free pages.
 	expect_log 'the device cannot know: no bitmaps'
 	load_device features=0x20
 	load_driver
+	[ "$(cut -c 64 /sys/bus/virtio/drivers/lacuna_balloon/virtio*/features)" = 0 ] ||
+		fail "bitmaps without PAGE_POISON"
 	echo 2 > $params/request
 	inflate 100
+	never_reports
 	! answered 2 || fail "a report without PAGE_POISON"
-	! reported || fail "reported without PAGE_POISON"
 }

@@ -44,8 +44,6 @@ case_asked_early()
 	ask 10
 }
 
-trace_dir=/sys/kernel/tracing
-
 # With all free memory in single pages, no hold reads more than a batch, and
 # the tracepoints tell of each.
 case_fragmented()

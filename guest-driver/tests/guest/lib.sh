@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # What the cases share. A case is a function case_NAME, run in a shell of its
-# own with both modules unloaded before and after. It fails by calling fail, or
-# when the kernel's log holds a warning that it did not announce by expect_log.
+# own with both modules unloaded before and after. It fails by calling fail, when
+# the kernel's log holds a warning that it did not announce by expect_log or
+# may_log, or when it lacks one that expect_log announced.
 
 params=/sys/module/lacuna_test_device/parameters
 expected=/tmp/expected
+allowed=/tmp/allowed
+trace_dir=/sys/kernel/tracing
 
 # How much slower than others this kernel is: limits are that much longer.
 patience=$(tr ' ' '\n' < /proc/cmdline | sed -n 's/^driver.patience=//p')
@@ -23,10 +26,17 @@ note()
 	echo "$*" >> /tmp/notes
 }
 
-# expect_log REGEX: such a message is what this case is about.
+# expect_log REGEX: such a message is what this case is about, and has to come.
 expect_log()
 {
 	echo "$1" >> "$expected"
+	may_log "$1"
+}
+
+# may_log REGEX: such a message may come or not.
+may_log()
+{
+	echo "$1" >> "$allowed"
 }
 
 # wait_for SECONDS COMMAND...: until COMMAND succeeds.
@@ -72,6 +82,35 @@ vmstat()
 	sed -n "s/^$1 //p" /proc/vmstat
 }
 
+# trace EVENT...: of the driver's tracepoints, from now on only those.
+trace()
+{
+	echo 0 > $trace_dir/events/lacuna_balloon/enable
+	echo > $trace_dir/trace
+	for event; do
+		echo 1 > $trace_dir/events/lacuna_balloon/lacuna_$event/enable ||
+			fail "no tracepoint $event"
+	done
+}
+
+# traced REGEX: was that seen since?
+traced()
+{
+	grep -q -e "$1" $trace_dir/trace
+}
+
+# keeps QUEUE COUNT: does the device have so many buffers that it leaves alone?
+keeps()
+{
+	[ "$(value "$1" "$(cat $params/kept)")" -ge "$2" ]
+}
+
+# figure_is NAME COUNT: at least.
+figure_is()
+{
+	[ "$(figure "$1")" -ge "$2" ]
+}
+
 # What is free once all that is freed late is freed, in KiB: what the CPUs hold
 # back comes and goes, and is free as well.
 settled_free()
@@ -103,6 +142,13 @@ free_pages()
 held_back()
 {
 	awk '$1 == "count:" { held += $2 } END { print held + 0 }' /proc/zoneinfo
+}
+
+# fill_and_free MIB: in pieces that are large again when they are free.
+fill_and_free()
+{
+	dd if=/dev/zero of=/tmp/fill bs=1M count="$1" 2>/dev/null
+	rm -f /tmp/fill
 }
 
 load_driver()
@@ -157,6 +203,7 @@ ask()
 check_complete()
 {
 	pages=$(value pages "$report")
+	echo "$held" >> /tmp/held
 	least=$(value free_before "$report")
 	after=$(value free_after "$report")
 	[ "$after" -lt "$least" ] && least=$after
@@ -209,7 +256,16 @@ bad_log()
 	dmesg -r | grep '^<[0-4]>' |
 		grep -v -e 'taints kernel' -e 'module verification failed' \
 			-e 'hrtimer: interrupt took' |
-		grep -v -E -f "$expected"
+		grep -v -E -f "$allowed"
+}
+
+# What was announced and never said.
+lacking_log()
+{
+	while read -r regex; do
+		dmesg -r | grep '^<[0-4]>' | grep -q -E -e "$regex" ||
+			echo "$regex"
+	done < "$expected" | grep .
 }
 
 # A leak that the kernel finds itself. It wants to have looked twice.
@@ -225,9 +281,10 @@ leaks_found()
 
 run_case()
 {
-	rm -f /tmp/reason /tmp/notes
+	rm -f /tmp/reason /tmp/notes /tmp/held
 	: > /tmp/notes
-	echo '^$' > "$expected"
+	: > "$expected"
+	echo '^$' > "$allowed"
 	dmesg -c > /dev/null
 	started=$(uptime_s)
 	( "case_$1" && unload )
@@ -235,6 +292,9 @@ run_case()
 	# Whatever was left by a case that failed.
 	( unload ) > /dev/null 2>&1
 	took="$(($(uptime_s) - started)) s"
+	# What check_complete allowed for.
+	[ ! -f /tmp/held ] || note "CPUs held back $(sort -n /tmp/held |
+		sed -n '1p;$p' | uniq | tr '\n' ' ')pages"
 	if [ $status -ne 0 ]; then
 		echo "CASE not ok $1 ($(cat /tmp/reason 2>/dev/null)$(sed 's/^/; /' \
 			/tmp/notes | tr -d '\n'))"
@@ -246,6 +306,9 @@ run_case()
 	elif bad_log > /tmp/bad; then
 		echo "CASE not ok $1 (kernel log: $(head -n 3 /tmp/bad))"
 		dmesg | tail -n 60
+	elif lacking_log > /tmp/bad; then
+		echo "CASE not ok $1 (kernel log lacks: $(head -n 3 /tmp/bad))"
+		dmesg | tail -n 30
 	else
 		echo "CASE ok $1 ($took$(sed 's/^/; /' /tmp/notes |
 			tr -d '\n'))"
