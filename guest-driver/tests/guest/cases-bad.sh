@@ -165,10 +165,10 @@ case_compaction_kept()
 	load_driver
 	scatter_balloon
 	expect_log 'the device keeps a buffer of the inflate queue'
-	compact_kept 1 1
+	compact_kept 1 1 inflated
 	expect_log 'the device keeps a buffer of the deflate queue'
 	scatter_balloon
-	compact_kept 2 2
+	compact_kept 2 2 deflated
 	# Unloading while a page is between the two.
 	scatter_balloon
 	total=$(meminfo MemTotal)
@@ -190,9 +190,17 @@ scatter_balloon()
 	inflate 12000
 }
 
-# compact_kept QUEUES TIMES: while the device keeps those queues' buffers.
+# seen COUNTER NUMBER: has the device taken more pages than that?
+seen()
+{
+	[ "$(value "$1" "$(cat $params/target)")" -gt "$2" ]
+}
+
+# compact_kept QUEUES TIMES COUNTER: while the device keeps those queues'
+# buffers; COUNTER says that it took them.
 compact_kept()
 {
+	count=$(value "$3" "$(cat $params/target)")
 	moved=$(vmstat balloon_migrate)
 	echo "$1" > $params/keep
 	echo 1 > /proc/sys/vm/compact_memory
@@ -200,6 +208,7 @@ compact_kept()
 	moved=$(($(vmstat balloon_migrate) - moved))
 	[ $moved = 1 ] || fail "$moved pages were moved"
 	echo 0 > $params/keep
+	wait_for 10 seen "$3" "$count" || fail "nothing was $3 at last"
 	wait_for 30 target_is 12000 || fail "balloon: $(cat $params/target)"
 	[ "$(value wrong "$(cat $params/target)")" = 0 ] ||
 		fail "balloon: $(cat $params/target)"

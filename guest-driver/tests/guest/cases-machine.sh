@@ -56,7 +56,7 @@ guest_stats()
 	grep -q 'stat-total-memory[^0-9]*[1-9]' /tmp/monitor
 }
 
-# To RAM and back, with a balloon that is full and a report before and after.
+# To RAM and back, with a balloon that is full.
 case_sleep()
 {
 	load_driver
@@ -90,18 +90,56 @@ case_hotplug()
 	check_complete
 	grown=$(($(value pages "$report") - before))
 	[ $grown -gt 60000 ] || fail "the report grew by $grown pages"
-	# And off again, between and during reports.
+	# And off again while reports are being made: when a walk reads a CPU's
+	# set, and the last block, with which the zone goes, when a walk comes to
+	# that node.
+	rmmod lacuna_balloon || fail "rmmod"
+	load_test_driver batch=1
 	id=4
-	for block in /sys/devices/system/memory/memory*; do
-		[ "$(cat $block/valid_zones)" = Movable ] || continue
-		( echo offline > $block/state ) 2>/dev/null
+	blocks=$(movable_blocks)
+	for block in $blocks; do
+		if [ "$block" = "${blocks##* }" ]; then
+			offline_in_walk $block "node=$((nodes - 1)) .* cpu=-1" 100000
+			[ "$ended" = no ] || fail "$block went after the walk"
+		else
+			offline_in_walk $block 'cpu=[0-9]' 2000
+		fi
 		ask $id
 		id=$((id + 1))
 	done
-	[ $id -gt 4 ] || fail "nothing was taken off"
+	[ -z "$(movable_blocks)" ] || fail "left: $(movable_blocks)"
 	shrunk=$(($(value pages "$report") - before))
 	[ $shrunk -lt 8192 ] || fail "$shrunk pages of what was taken off"
 	note "$nodes nodes, $grown pages more, $shrunk after offlining"
+}
+
+# What can be taken off again.
+movable_blocks()
+{
+	for block in /sys/devices/system/memory/memory*; do
+		[ "$(cat $block/state)" = online ] &&
+			[ "$(cat $block/valid_zones)" = Movable ] &&
+			echo $block
+	done | tr '\n' ' ' | sed 's/ $//'
+}
+
+# offline_in_walk BLOCK EVENT PAUSE_US: offline it when that batch was traced,
+# with such pauses from then on. Sets $ended to whether the walk was over first.
+offline_in_walk()
+{
+	trace batch
+	echo 1000 > /sys/module/lacuna_balloon/parameters/pause_us
+	echo 99$id > $params/request
+	wait_for 60 traced "lacuna_batch: .*$2" || fail "no batch with $2"
+	echo $3 > /sys/module/lacuna_balloon/parameters/pause_us
+	! answered 99$id || fail "the walk was over before"
+	echo offline > $1/state || fail "$1 stays"
+	ended=no
+	! answered 99$id || ended=yes
+	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
+	wait_for 60 answered 99$id || fail "no report of that walk"
+	report=$(cat $params/request)
+	[ "$(value errors "$report")" = 0 ] || fail "$report"
 }
 
 memory_came()
