@@ -17,7 +17,7 @@ public final class MigrationSource: Sendable {
     private let hinter: (any FreePageHinter)?
     private let options: MigrationOptions
     private let progress: (@Sendable (MigrationProgress, MigrationRound?) -> Void)?
-    private let state = Mutex<(stage: Stage, channel: ByteChannel?, lanes: SourceLanes?)>((.open, nil, nil))
+    private let state = Monitor<(stage: Stage, channel: ByteChannel?, lanes: SourceLanes?)>((.open, nil, nil))
     private let gate: SwitchOverGate
 
     /// `trackers` are those of all writers but the VMM itself, whose own log is always added (rule W3). `progress` is
@@ -40,7 +40,7 @@ public final class MigrationSource: Sendable {
     /// Calls the migration off, if the destination was not told to take the guest yet; tells whether it was in time.
     /// `run` then throws `cancelled`, with the guest running here.
     @discardableResult public func cancel() -> Bool {
-        state.withLock {
+        state.update {
             guard $0.stage != .committing else { return false }
             $0.stage = .cancelled
             $0.channel?.interrupt()
@@ -61,14 +61,14 @@ public final class MigrationSource: Sendable {
             guest: guest, trackers: trackers, hinter: hinter, options: options, channel: channel, lanes: lanes, gate: gate,
             progress: progress)
         do throws(MigrationError) {
-            let isCancelled = state.withLock {
+            let isCancelled = state.update {
                 ($0.channel, $0.lanes) = (channel, lanes)
                 return $0.stage == .cancelled
             }
             if isCancelled { throw .cancelled }
             try run.transfer(connect: connect)
             // From here on `cancel()` says no: the commit may not be interrupted half-way.
-            let isCommitting = state.withLock {
+            let isCommitting = state.update {
                 if $0.stage == .cancelled { return false }
                 $0.stage = .committing
                 return true
@@ -76,7 +76,7 @@ public final class MigrationSource: Sendable {
             guard isCommitting else { throw .cancelled }
             try run.commit()
         } catch {
-            let isCancelled = state.withLock {
+            let isCancelled = state.update {
                 ($0.channel, $0.lanes) = (nil, nil)
                 return $0.stage == .cancelled
             }
@@ -88,7 +88,7 @@ public final class MigrationSource: Sendable {
             defer { lanes?.close() }
             throw run.giveUp(cause)
         }
-        state.withLock { ($0.channel, $0.lanes) = (nil, nil) }
+        state.update { ($0.channel, $0.lanes) = (nil, nil) }
         lanes?.close()
         channel.shutdown()
         return run.finishedReport()

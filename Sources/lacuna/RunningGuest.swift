@@ -126,7 +126,7 @@ final class RunningGuest: Sendable {
             return
         case .pause:
             try withoutMigration("pausing") { machine throws in
-                guard machine.pause() else { throw Complaint("the guest has ended") }
+                guard try machine.pause() else { throw Complaint("the guest has ended") }
                 state.withLock { $0.reason = "paused by the operator" }
             }
         case .resume:

@@ -191,7 +191,7 @@ import Testing
         for page in guest.pages { guest.fill(page: page, seed: 1) }
         let (near, far) = try ByteChannel.pair()
         var options = quickOptions()
-        options.idleTimeoutMilliseconds = 300
+        options.idleTimeoutMilliseconds = 1000
         let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: options)
         let worker = Worker<Result<MigrationReport, MigrationError>> {
             do throws(MigrationError) { return .success(try source.run(over: near)) } catch { return .failure(error) }
@@ -212,10 +212,10 @@ import Testing
             if header.type == .roundEnd { break }
             frames += 1
         }
-        // It answers nothing to the state, but sends the first bytes of an answer, slowly.
+        // It answers nothing to the state, but sends an answer, slowly: in all longer than the limit for the whole, each byte
         var header = [UInt8](repeating: 0, count: FrameHeader.size)
         header.withUnsafeMutableBytes { FrameHeader(.loaded).encode(into: $0.baseAddress!) }
-        for byte in header.prefix(20) {
+        for byte in header {
             let one = [byte]
             do throws(MigrationError) {
                 try one.withUnsafeBytes { bytes -> Result<Void, MigrationError> in

@@ -2,30 +2,55 @@
 import CLinux
 import FoundationEssentials
 
-/// The balloon against QEMU's: the same guest, kernel, driver and bed.
-let balloonFigures: [Scenario] = [
+/// Against QEMU: the same guest, kernel and bed.
+let figuresAgainstQEMU: [Scenario] = [("balloon-against-qemu", againstQEMU), ("migrate-against-qemu", migrateAgainstQEMU)].map {
     Scenario(
-        name: "balloon-against-qemu", memory: 4096, limit: 900, isQuick: false, programs: ["qemu-system-x86_64"],
+        name: $0.0, memory: 4096, limit: 900, isQuick: false, programs: ["qemu-system-x86_64"],
         isAlone: true, files: ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/linuxboot_dma.bin", "/usr/share/qemu/kvmvapic.bin"],
-        body: againstQEMU)
-]
+        body: $0.1)
+}
+
+extension Stage {
+    /// Starts QEMU with a guest of 1 GiB and one CPU.
+    func startQEMU(_ name: String, _ more: [String]) throws(Failure) -> Child {
+        try start(
+            name,
+            [
+                "qemu-system-x86_64", "-L", ".", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-cpu",
+                "host", "-M", "pc", "-m", "1024", "-smp", "1", "-kernel", "vmlinuz", "-initrd", "initramfs.gz", "-chardev",
+                "stdio,id=console,signal=off", "-serial", "chardev:console", "-qmp", "unix:\(name).qmp,server=on,wait=off",
+            ] + more)
+    }
+}
 
 /// A connection to QEMU's machine protocol.
-private final class MachineProtocol {
+final class MachineProtocol {
     private let descriptor: Int32
     private var pending: [UInt8] = []
 
-    init?(_ path: String) {
-        descriptor = socket(AF_UNIX, lacuna_SOCK_STREAM_CLOEXEC, 0)
+    private let isConnected: Bool
+
+    private init(_ path: String) {
+        let descriptor = socket(AF_UNIX, lacuna_SOCK_STREAM_CLOEXEC, 0)
         var address = sockaddr_un()
         address.sun_family = sa_family_t(AF_UNIX)
         withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: Array(path.utf8)) }
         let result = withUnsafePointer(to: &address) {
             $0.withMemoryRebound(to: sockaddr.self, capacity: 1) { connect(descriptor, $0, socklen_t(MemoryLayout<sockaddr_un>.size)) }
         }
-        guard result == 0 else { return nil }
+        (self.descriptor, isConnected) = (descriptor, result == 0)
         var limit = timeval(tv_sec: 60, tv_usec: 0)
         setsockopt(descriptor, SOL_SOCKET, SO_RCVTIMEO, &limit, socklen_t(MemoryLayout<timeval>.size))
+    }
+
+    /// Of a QEMU that `startQEMU` started, once it answers.
+    convenience init(of emulator: Child) throws(Failure) {
+        let limit = now() + 30
+        // It makes its socket at some time after it was started.
+        while access("\(emulator.name).qmp", F_OK) != 0, now() < limit { usleep(20_000) }
+        self.init("\(emulator.name).qmp")
+        guard isConnected else { throw Failure("cannot reach QEMU") }
+        _ = try ask("{\"execute\":\"qmp_capabilities\"}")
     }
 
     deinit { close(descriptor) }
@@ -40,6 +65,15 @@ private final class MachineProtocol {
             let count = recv(descriptor, &buffer, buffer.count, 0)
             guard count > 0 else { throw Failure("QEMU does not answer") }
             pending += buffer[..<count]
+        }
+    }
+
+    /// Waits for an event with `text`.
+    func wait(for text: String, not failure: String) throws(Failure) {
+        while true {
+            let line = try line()
+            if line.contains(text) { return }
+            if line.contains(failure) { throw Failure("QEMU: \(line)") }
         }
     }
 
@@ -99,17 +133,9 @@ private func againstQEMU(_ stage: Stage) throws(Failure) {
     }
     try stage.stop(guest)
 
-    let emulator = try stage.start(
-        "qemu",
-        [
-            "qemu-system-x86_64", "-L", ".", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-cpu", "host",
-            "-M", "pc", "-m", "1024", "-smp", "1", "-kernel", "vmlinuz", "-initrd", "initramfs.gz", "-append", run,
-            "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console", "-device", "virtio-balloon-pci",
-            "-qmp", "unix:qemu.qmp,server=on,wait=off",
-        ])
+    let emulator = try stage.startQEMU("qemu", ["-append", run, "-device", "virtio-balloon-pci"])
     try stage.wait(emulator, for: "GUEST-READY", seconds: patience)
-    guard let control = MachineProtocol("qemu.qmp") else { throw Failure("cannot reach QEMU") }
-    _ = try control.ask("{\"execute\":\"qmp_capabilities\"}")
+    let control = try MachineProtocol(of: emulator)
     let theirs = try measure { bytes throws(Failure) in try control.balloon(memory: total - bytes) }
     stage.kill(emulator)
 

@@ -25,7 +25,7 @@ let scenarios = [
     migrationScenarios,
     balloonScenarios,
     backingScenarios,
-    balloonFigures,
+    figuresAgainstQEMU,
     faultScenarios,
     twoHostScenarios,
     trackerScenarios,
