@@ -27,6 +27,8 @@ public struct SharedMapping: Sendable {
     private let length: Int
     private let slot: Int32
     private let isPrivate: Bool
+    /// Bytes of the file's pages: only whole ones of them can go back.
+    private let granule: UInt64
 
     /// From here on a file that its owner cuts short costs the process nothing but the bytes: it sets the handler of
     /// SIGBUS. For a program to call once; a library has no business with signals.
@@ -71,6 +73,7 @@ public struct SharedMapping: Sendable {
         descriptor = own
         self.slot = slot
         self.isPrivate = isPrivate
+        self.granule = granule
     }
 
     deinit {
@@ -93,8 +96,21 @@ public struct SharedMapping: Sendable {
             let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
             return unsafe mmap(host + Int(place), Int(bytes), PROT_READ | PROT_WRITE, flags, -1, 0) == host + Int(place)
         }
-        // Shared memory goes back by a hole in its file; other processes' mappings then read zeroes too.
-        return lacuna_punch_hole(descriptor, offset + place, bytes) == 0
+        // Shared memory goes back by a hole in its file; other processes' mappings then read zeroes too. Before Linux 6.0
+        // a hole in huge pages leaves the parts of pages at its ends as they were, and says nothing.
+        let start = offset + place
+        let hole = Self.wholePages(of: start..<start + bytes, granule: granule)
+        guard !hole.isEmpty, lacuna_punch_hole(descriptor, hole.lowerBound, UInt64(hole.count)) == 0 else { return false }
+        unsafe memset(host + Int(place), 0, Int(hole.lowerBound - start))
+        unsafe memset(host + Int(hole.upperBound - offset), 0, Int(start + bytes - hole.upperBound))
+        return true
+    }
+
+    /// The part of `bytes` that is whole pages of `granule` bytes, a power of two.
+    static func wholePages(of bytes: Range<UInt64>, granule: UInt64) -> Range<UInt64> {
+        // Cannot overflow: places in a file have 63 bits.
+        let first = (bytes.lowerBound + granule - 1) & ~(granule - 1), end = bytes.upperBound & ~(granule - 1)
+        return first < end ? first..<end : bytes.lowerBound..<bytes.lowerBound
     }
 }
 

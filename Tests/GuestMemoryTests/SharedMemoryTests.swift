@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 import CLinux
-import GuestMemory
+@testable import GuestMemory
 import TestSupport
 import Testing
 
@@ -56,6 +56,19 @@ import Testing
         #expect(file.bytes[base + 16 * 4096 - 1] == 0xaa && file.bytes[base + 16 * 4096] == 0)
         #expect(file.bytes[base + 32 * 4096 - 1] == 0 && file.bytes[base + 32 * 4096] == 0xaa)
         #expect(throws: GuestMemoryError.self) { try memory.discard(pages: 255..<257) }
+    }
+
+    /// Before Linux 6.0 a hole of less than a huge page changes nothing and says nothing.
+    @Test func holesAreWholePages() {
+        let huge: UInt64 = 2 << 20, page: UInt64 = 4096
+        #expect(SharedFile.wholePages(of: 3 * page..<9 * page, granule: page) == 3 * page..<9 * page)
+        #expect(SharedFile.wholePages(of: huge..<3 * huge, granule: huge) == huge..<3 * huge)
+        #expect(SharedFile.wholePages(of: huge - page..<3 * huge + page, granule: huge) == huge..<3 * huge)
+        #expect(SharedFile.wholePages(of: page..<2 * huge, granule: huge) == huge..<2 * huge)
+        #expect(SharedFile.wholePages(of: 0..<2 * huge - page, granule: huge) == 0..<huge)
+        for nothing in [0..<huge - page, page..<huge, page..<2 * huge - page, huge..<huge] {
+            #expect(SharedFile.wholePages(of: nothing, granule: huge).isEmpty)
+        }
     }
 
     @Test func privateMappingsLeaveTheFileAlone() throws {
