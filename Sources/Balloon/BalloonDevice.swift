@@ -46,11 +46,7 @@ public final class BalloonDevice: VirtioDevice {
         var window: HintWindow?
         /// The driver may be holding hinted pages until it is told DONE.
         var hasHints = false
-        /// The driver was told DONE and has not read that yet. One that never sees it, because the next id overwrote it,
-        /// keeps all it hinted and has nothing left to hint.
-        var isDoneUnread = false
-        /// The command id that takes DONE's place once that was read.
-        var queuedHint: UInt32?
+        var done = DoneHandshake()
         /// The command id that the driver's hints belong to.
         var hintStream: UInt32?
         var lists: PageLists
@@ -93,13 +89,15 @@ public final class BalloonDevice: VirtioDevice {
     ///   - reserved: page frames of RAM that belong to the machine and not to the guest, such as its firmware tables.
     ///   - releaseUnit: pages that the host can only take back together: a power of two, of which every region of RAM is
     ///     a multiple. 512 for memory of 2 MiB pages.
+    ///   - firstRequest: the id of the first request, 2 or more. A driver takes an id that it knows for no new request, so a
+    ///     device that may follow another one before the same driver begins somewhere else.
     ///   - log: takes a line on what the driver did wrong. Called on any thread, a bounded number of times a second,
     ///     with no lock held.
     public init(
         memory: GuestMemory, features: UInt64 = BalloonFeature.standard, reserved: Range<Int> = 0..<0,
-        releaseUnit: Int = 1, log: @escaping @Sendable (String) -> Void = { _ in }
+        releaseUnit: Int = 1, firstRequest: UInt32 = 2, log: @escaping @Sendable (String) -> Void = { _ in }
     ) {
-        precondition(releaseUnit > 0 && releaseUnit & (releaseUnit - 1) == 0)
+        precondition(releaseUnit > 0 && releaseUnit & (releaseUnit - 1) == 0 && firstRequest >= Self.firstRequest)
         self.memory = memory
         self.features = features & BalloonFeature.all
         self.releaseUnit = releaseUnit
@@ -107,7 +105,7 @@ public final class BalloonDevice: VirtioDevice {
         ram = PageBitmap(bitCount: memory.frameCount)
         for region in memory.regions { ram.set(region.range.pages) }
         ram.clear(reserved.clamped(to: 0..<ram.bitCount))
-        monitor = Monitor(State(lists: PageLists(frames: memory.frameCount)))
+        monitor = Monitor(State(nextRequest: firstRequest, lists: PageLists(frames: memory.frameCount)))
     }
 
     // MARK: - VirtioDevice
@@ -133,37 +131,39 @@ public final class BalloonDevice: VirtioDevice {
         monitor.wakeAll()
     }
 
-    public func readConfiguration(offset: Int, count: Int) -> UInt64 {
-        let command = ConfigurationField.hintCommand
-        // Compared without a sum that a transport's offset could overflow.
-        let readsCommand = count > 0 && offset < command + 4 && offset > command - min(count, 8)
-        let (fields, signals): ([UInt32], DeviceSignals?) = monitor.withLock { state in
+    /// A driver's read of up to 256 bytes of the configuration space, all as they are at one moment; those outside it are
+    /// 0. Gives no signals.
+    public func readConfiguration(offset: Int, bytes count: Int) -> [UInt8] {
+        let count = min(max(count, 0), 256)
+        let (fields, wakes): ([UInt32], Bool) = monitor.withLock { state in
             let fields = [state.target, state.actual, state.hintCommand, state.poison, state.bitmapCommand]
-            guard readsCommand, state.isDoneUnread else { return (fields, nil) }
-            state.isDoneUnread = false
-            guard let queued = state.queuedHint else { return (fields, nil) }
-            state.queuedHint = nil
-            state.hintCommand = queued
-            return (fields, state.signals)
+            return (fields, state.noteRead(offset: offset, count: count))
         }
-        // Linux gives back what it holds in the same turn in which it read DONE, and looks again for this.
-        signals?.configurationChanged()
-        var value: UInt64 = 0
-        for byte in 0..<min(max(count, 0), 8) {
+        if wakes { monitor.wakeAll() }
+        return (0..<count).map { byte in
             let (place, overflow) = offset.addingReportingOverflow(byte)
-            guard !overflow, place >= 0, place < ConfigurationField.bytes else { continue }
-            let bits = fields[place / 4] >> UInt32(place % 4 * 8) & 0xff
-            value |= UInt64(bits) << UInt64(byte * 8)
+            guard !overflow, place >= 0, place < ConfigurationField.bytes else { return 0 }
+            return UInt8(truncatingIfNeeded: fields[place / 4] >> UInt32(place % 4 * 8))
         }
-        return value
+    }
+
+    public func readConfiguration(offset: Int, count: Int) -> UInt64 {
+        readConfiguration(offset: offset, bytes: min(count, 8)).reversed().reduce(0) { $0 << 8 | UInt64($1) }
     }
 
     public func writeConfiguration(offset: Int, count: Int, value: UInt64) {
+        let count = min(max(count, 0), 8)
+        writeConfiguration(
+            offset: offset, bytes: (0..<count).map { UInt8(truncatingIfNeeded: value >> UInt64($0 * 8)) })
+    }
+
+    /// A driver's write of any number of bytes, all at one moment; those that are not the driver's are ignored.
+    public func writeConfiguration(offset: Int, bytes: [UInt8]) {
         let changed = monitor.withLock { state in
             let before = state.actual
-            for byte in 0..<min(max(count, 0), 8) {
-                let bits = UInt32(truncatingIfNeeded: value >> UInt64(byte * 8) & 0xff)
-                let (place, overflow) = offset.addingReportingOverflow(byte)
+            for (index, byte) in bytes.enumerated() {
+                let bits = UInt32(byte)
+                let (place, overflow) = offset.addingReportingOverflow(index)
                 let shift = UInt32(place & 3) * 8
                 switch overflow || place < 0 ? nil : place & ~3 {
                 case ConfigurationField.actual: state.actual = state.actual & ~(0xff << shift) | bits << shift
@@ -182,6 +182,7 @@ public final class BalloonDevice: VirtioDevice {
         var signals: DeviceSignals?
         var used: Set<Int> = []
         var needsReset = false
+        var tellsConfiguration = false
         /// Somebody may be waiting for what came.
         var wakes = false
         var messages: [String] = []
@@ -196,14 +197,25 @@ public final class BalloonDevice: VirtioDevice {
         for message in aftermath.messages { log(message) }
         guard let signals = aftermath.signals else { return }
         for queue in aftermath.used { signals.usedBuffer(queue: queue) }
+        if aftermath.tellsConfiguration { signals.configurationChanged() }
         if aftermath.needsReset { signals.needsReset() }
     }
 
     public func notify(queue index: Int) {
         var aftermath = Aftermath()
-        // At the time of the notification no more chains than the queue's size can wait; later ones have their own.
-        var chains = 0
-        while chains < Int(Self.queueSize), monitor.withLock({ serve(index, &$0, &aftermath) }) { chains += 1 }
+        func serve(atMost limit: Int) -> Bool {
+            for _ in 0..<limit where !monitor.withLock({ self.serve(index, &$0, &aftermath) }) { return true }
+            return false
+        }
+        // At the time of the notification no more chains than the queue's size can wait. Of later ones the device is
+        // told, unless the driver goes by the event index, which was left behind: those it has to find by itself. A
+        // driver that adds as fast as the device serves gets no more than that out of one notification.
+        if !serve(atMost: Int(Self.queueSize)) {
+            let rest = monitor.withLock { state in
+                state.queues.indices.contains(index) ? state.queues[index]?.askForLaterNotification() : nil
+            }
+            _ = serve(atMost: rest ?? 0)
+        }
         finish(aftermath)
     }
 
@@ -233,6 +245,7 @@ public final class BalloonDevice: VirtioDevice {
             queue.push(chain.token, written: 0)
             if queue.wantsInterrupt { aftermath.used.insert(index) }
             if role == .hints || role == .bitmap { aftermath.wakes = true }
+            if role == .hints, state.hasToReadAgain() { aftermath.tellsConfiguration = true }
             return true
         } catch {
             state.counters.brokenQueues &+= 1

@@ -40,6 +40,9 @@ extension BalloonDevice {
     /// Pages that the driver says are in the balloon (`actual`), each of 4 KiB.
     public var actualPages: UInt32 { monitor.withLock { $0.actual } }
 
+    /// Pages of 4 KiB that the host wants in the balloon (`num_pages`).
+    public var targetPages: UInt32 { monitor.withLock { $0.target } }
+
     /// Asks the driver to have this many pages of 4 KiB in the balloon (`num_pages`).
     public func setTarget(pages: UInt32) {
         let signals = monitor.withLock { state in
@@ -110,7 +113,7 @@ extension BalloonDevice {
 
     /// Asks for a report and returns the request's id. An earlier request is void from here on. The caller has armed
     /// dirty tracking before (rule W1). A driver that hints holds what it hinted until `releaseHints`, and is asked only
-    /// when it has read that. Does not wait.
+    /// when it has read that (`askWhatWaits`). Does not wait.
     public func openWindow() -> UInt32 {
         let frames = memory.frameCount
         let (request, signals) = monitor.withLock { state in
@@ -123,7 +126,12 @@ extension BalloonDevice {
             switch method {
             case .bitmap: state.bitmapCommand = request
             case .freePageHint:
-                if state.isDoneUnread { state.queuedHint = request } else { state.hintCommand = request }
+                if state.doneDelay() == 0 {
+                    state.done = DoneHandshake()
+                    state.hintCommand = request
+                } else {
+                    state.done.queued = request
+                }
                 state.hasHints = true
             }
             state.counters.requests &+= 1
@@ -139,11 +147,8 @@ extension BalloonDevice {
     /// time, the guest gave up or sent nonsense, the device was reset, the window is closed or another one was opened.
     /// Each report is handed out once. Of free page hints, those that came in time are a report.
     public func waitForReport(_ request: UInt32, milliseconds: Int) -> FreePageReport? {
-        let report: FreePageReport?? = monitor.wait(milliseconds: milliseconds) { state -> FreePageReport?? in
-            guard let window = state.window, window.request == request else { return .some(nil) }
-            return window.isPending ? .none : .some(state.window?.take())
-        }
-        if let report {
+        if waitForEnd(of: request, milliseconds: milliseconds) {
+            let report: FreePageReport? = monitor.withLock { $0.window?.request == request ? $0.window?.take() : nil }
             stopHints(request)
             return report
         }
@@ -177,8 +182,8 @@ extension BalloonDevice {
             switch window.method {
             case .bitmap: state.bitmapCommand = Self.stop
             case .freePageHint:
-                state.queuedHint = nil
-                if !state.isDoneUnread { state.hintCommand = Self.stop }
+                state.done.queued = nil
+                if !state.done.isUnread { state.hintCommand = Self.stop }
             }
             return state.signals
         }
@@ -194,7 +199,7 @@ extension BalloonDevice {
             guard state.hasHints else { return nil }
             state.hasHints = false
             state.hintCommand = Self.done
-            state.isDoneUnread = true
+            state.done = DoneHandshake(isUnread: true)
             return state.signals
         }
         signals?.configurationChanged()
@@ -202,7 +207,7 @@ extension BalloonDevice {
 
     // MARK: - Saved state
 
-    private static let stateVersion: UInt8 = 2
+    private static let stateVersion: UInt8 = 3
 
     /// Saves the configuration, the balloon's pages and the driver's buffer of statistics; never an open window: the
     /// request is the source's.
@@ -215,6 +220,7 @@ extension BalloonDevice {
             encoder.put(state.nextRequest)
             encoder.put(state.hasHints)
             encoder.put(state.hintCommand == Self.done)
+            encoder.put(state.hintStream ?? Self.stop)
             encoder.put(state.statisticsInterval)
             state.statistics.encode(into: &encoder)
             state.lists.encode(into: &encoder)
@@ -227,6 +233,8 @@ extension BalloonDevice {
         let poison = try decoder.take(UInt32.self), nextRequest = try decoder.take(UInt32.self)
         guard nextRequest >= Self.firstRequest else { throw StateError("request \(nextRequest) is none") }
         let hasHints = try decoder.takeBool(), isDone = try decoder.takeBool()
+        let stream = try decoder.take(UInt32.self)
+        guard stream != Self.done else { throw StateError("hints under an id that no driver says") }
         let interval = try decoder.take(UInt32.self)
         let statistics = try StatisticsQueue(from: &decoder)
         let lists = try PageLists(from: &decoder, ram: ram)
@@ -238,10 +246,9 @@ extension BalloonDevice {
             // The migration that wanted the hints is over: the driver may let go of them. The transport tells it that
             // the configuration changed.
             state.hintCommand = hasHints || isDone ? Self.done : Self.stop
-            state.isDoneUnread = hasHints || isDone
-            state.queuedHint = nil
+            state.done = DoneHandshake(isUnread: hasHints || isDone)
             state.hasHints = false
-            state.hintStream = nil
+            state.hintStream = stream == Self.stop ? nil : stream
             state.window = nil
             // Goes on where the source was: the driver tells requests apart by their ids.
             state.nextRequest = nextRequest

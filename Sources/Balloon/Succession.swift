@@ -20,12 +20,21 @@ extension BalloonDevice {
             // A driver that holds hinted pages is told DONE when it looks next: the request it knows is over.
             state.hasHints = false
             state.hintCommand = previous.hasHints ? Self.done : previous.hintCommand
-            state.isDoneUnread = state.hintCommand == Self.done
+            state.done = DoneHandshake(isUnread: state.hintCommand == Self.done)
+            if keepingPages { state.hintStream = previous.hintStream }
             state.statistics.forgetBuffer(from: previous.statistics)
             state.statisticsInterval = previous.statisticsInterval
             state.counters = previous.counters
             state.complaints = previous.complaints
             if keepingPages { state.lists = PageLists(previous.lists, within: ram) }
+        }
+    }
+
+    /// The driver may have hinted to a device before this one, of which nothing is known: it is told DONE when it looks.
+    public func assumeHints() {
+        monitor.withLock { state in
+            state.hintCommand = Self.done
+            state.done = DoneHandshake(isUnread: true)
         }
     }
 

@@ -98,7 +98,7 @@ public func deviceType(_ device: UInt64, _ type: UnsafeMutablePointer<UInt32>?) 
     call { () throws(PluginError) in
         let device = try devices.find(device)
         let type = try unsafe take(type, "type")
-        unsafe type.pointee = device.balloon.deviceID
+        unsafe type.pointee = try device.gate.reading { device.balloon.deviceID }
     }
 }
 
@@ -144,11 +144,8 @@ public func deviceConfigRead(_ device: UInt64, _ offset: UInt32, _ buffer: Unsaf
     call { () throws(PluginError) in
         let device = try devices.find(device)
         guard let buffer = unsafe buffer, (0...256).contains(bytes) else { throw .argument("no buffer of 0 to 256 bytes") }
-        let balloon = try device.gate.reading { device.balloon }
-        for index in 0..<bytes {
-            let value = balloon.readConfiguration(offset: Int(offset) + index, count: 1)
-            unsafe buffer.storeBytes(of: UInt8(truncatingIfNeeded: value), toByteOffset: index, as: UInt8.self)
-        }
+        let read = try device.gate.reading { device.balloon.readConfiguration(offset: Int(offset), bytes: bytes) }
+        for (index, byte) in read.enumerated() { unsafe buffer.storeBytes(of: byte, toByteOffset: index, as: UInt8.self) }
     }
 }
 
@@ -157,12 +154,8 @@ public func deviceConfigWrite(_ device: UInt64, _ offset: UInt32, _ buffer: Unsa
     call { () throws(PluginError) in
         let device = try devices.find(device)
         guard let buffer = unsafe buffer, (0...256).contains(bytes) else { throw .argument("no buffer of 0 to 256 bytes") }
-        try device.gate.reading {
-            for index in 0..<bytes {
-                let value = unsafe buffer.load(fromByteOffset: index, as: UInt8.self)
-                device.balloon.writeConfiguration(offset: Int(offset) + index, count: 1, value: UInt64(value))
-            }
-        }
+        let written = unsafe Array(UnsafeRawBufferPointer(start: buffer, count: bytes))
+        try device.gate.reading { device.balloon.writeConfiguration(offset: Int(offset), bytes: written) }
     }
 }
 
@@ -253,7 +246,7 @@ public func deviceGetStatus(_ device: UInt64, _ status: UnsafeMutablePointer<lac
             let counters = device.balloon.counters
             value.is_active = device.isActive ? 1 : 0
             value.can_hint = device.balloon.refusal == nil ? 1 : 0
-            value.target_pages = UInt32(truncatingIfNeeded: device.balloon.readConfiguration(offset: 0, count: 4))
+            value.target_pages = device.balloon.targetPages
             value.actual_pages = device.balloon.actualPages
             value.reserved = 0
             value.inflated_pages = counters.inflatedPages
@@ -345,7 +338,12 @@ public func windowOpen(_ device: UInt64, _ window: UnsafeMutablePointer<UInt64>?
                     let made = PluginWindow(
                         device: device, balloon: device.balloon, request: device.balloon.openWindow(),
                         generation: tracking.generation)
-                    let handle = try windows.insert(made)
+                    let handle: UInt64
+                    do throws(PluginError) { handle = try windows.insert(made) } catch {
+                        // There will be nobody to close it.
+                        device.balloon.releaseHints()
+                        throw error
+                    }
                     tracking.window = handle
                     return .success(handle)
                 } catch { return .failure(error) }

@@ -46,7 +46,8 @@ final class PluginDevice: @unchecked Sendable {
         memory = try Self.standIn()
         // Split rings: lacuna_queue has no place for the wrap counters of packed ones.
         let offered = features == 0 ? BalloonFeature.standard : features & ~VirtioFeature.packedRing
-        balloon = BalloonDevice(memory: memory, features: offered) {
+        // A driver that another process's device served knows the ids of that one.
+        balloon = BalloonDevice(memory: memory, features: offered, firstRequest: .random(in: 2...(.max))) {
             host.log(LACUNA_LOG_WARNING, $0)
         }
         let count = balloon.queueSizes.count
@@ -165,6 +166,8 @@ final class PluginDevice: @unchecked Sendable {
                     host.signalNeedsReset()
                     host.signalConfiguration()
                 }))
+        // A new target or the end of a request may have come with nobody there to be told.
+        host.signalConfiguration()
     }
 
     func reset() {
@@ -229,7 +232,7 @@ final class PluginDevice: @unchecked Sendable {
             let why = (error as? PluginError)?.message ?? "\(error)"
             throw PluginError(LACUNA_ERROR_CORRUPT, "the saved state is no state of this device: \(why)")
         }
-        host.signalConfiguration()
+        if !isActive { host.signalConfiguration() }
     }
 
     // MARK: - Tracking

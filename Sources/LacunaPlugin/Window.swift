@@ -13,8 +13,6 @@ final class PluginWindow: Sendable {
     let request: UInt32
     let generation: UInt64
     private let report = Mutex<FreePageReport?>(nil)
-    /// One wait at a time hands the report over.
-    private let waiting = Mutex<Void>(())
 
     init(device: PluginDevice, balloon: BalloonDevice, request: UInt32, generation: UInt64) {
         self.device = device
@@ -26,13 +24,11 @@ final class PluginWindow: Sendable {
     func wait(milliseconds: UInt32) throws(PluginError) -> FreePageReport {
         guard device.tracking.withLock({ $0.isArmed && $0.generation == generation }) else { throw Self.stale }
         if let report = report.withLock({ $0 }) { return report }
-        let found = waiting.withLock { _ -> FreePageReport? in
-            if let report = report.withLock({ $0 }) { return report }
-            guard let fresh = balloon.waitForReport(request, milliseconds: Int(min(milliseconds, 86_400_000))) else {
-                return nil
-            }
-            report.withLock { $0 = fresh }
-            return fresh
+        // The device hands a report over once. Whoever comes first takes it for all, without waiting behind a lock.
+        _ = balloon.waitForEnd(of: request, milliseconds: Int(min(milliseconds, 86_400_000)))
+        let found = report.withLock { report -> FreePageReport? in
+            report = report ?? balloon.waitForReport(request, milliseconds: 0)
+            return report
         }
         if let found { return found }
         guard device.tracking.withLock({ $0.isArmed && $0.generation == generation }) else { throw Self.stale }

@@ -27,6 +27,8 @@ final class Backend {
     private var isUnsettled = false
     /// The guest's driver may have begun anew.
     private var driverMayBeGone = false
+    /// A driver was served, so that what it may be holding is known.
+    private var hasServed = false
     var complain: RateLimitedLog
     /// Figures for an operator.
     private(set) var messages: UInt64 = 0
@@ -40,7 +42,10 @@ final class Backend {
         complain = RateLimitedLog(sink)
         memory = try Self.standIn()
         // A packed ring does not say how far it got, so that a device that takes over could not know.
-        device = BalloonDevice(memory: memory, features: features & ~VirtioFeature.packedRing, log: sink)
+        // A driver that another process served knows the ids of that one: it would not look at the same id again, or
+        // would answer it with what it has lying there.
+        device = BalloonDevice(
+            memory: memory, features: features & ~VirtioFeature.packedRing, firstRequest: .random(in: 2...(.max)), log: sink)
         rings = Array(repeating: Ring(), count: device.queueSizes.count)
     }
 
@@ -292,17 +297,12 @@ final class Backend {
         reply.put(UInt32(offset))
         reply.put(UInt32(size))
         reply.put(flags)
-        for place in offset..<offset + size {
-            reply.append(UInt8(truncatingIfNeeded: device.readConfiguration(offset: place, count: 1)))
-        }
-        return reply
+        return reply + device.readConfiguration(offset: offset, bytes: size)
     }
 
     private func setConfiguration(_ reader: inout PayloadReader) throws(Refusal) {
         let (offset, size, _) = try configurationPlace(&reader)
-        for (index, byte) in try reader.take(bytes: size).enumerated() {
-            device.writeConfiguration(offset: offset + index, count: 1, value: UInt64(byte))
-        }
+        device.writeConfiguration(offset: offset, bytes: Array(try reader.take(bytes: size)))
     }
 
     // MARK: - Rings
@@ -333,7 +333,7 @@ final class Backend {
         try reader.finish()
         switch request {
         case .setRingSize:
-            guard value > 0, value <= 32768 else { throw Refusal("a ring of \(value) descriptors") }
+            guard value > 0, value <= UInt32(device.queueSizes[number]) else { throw Refusal("a ring of \(value) descriptors") }
             if rings[number].size != value { isUnsettled = true }
             rings[number].size = value
         case .setRingBase:
@@ -375,7 +375,12 @@ final class Backend {
                 rings[number].isEnabled = true
                 isUnsettled = true
             }
-        case .setRingCall: signals.state.withLock { $0.calls[number] = file }
+        case .setRingCall:
+            // What was signalled on the descriptor before this one may not have been heard any more.
+            signals.state.withLock { state in
+                state.calls[number] = file
+                file?.signal()
+            }
         default: signals.state.withLock { $0.errors[number] = file }
         }
     }
@@ -414,9 +419,14 @@ final class Backend {
         }
         guard isLive else { return }
         driverMayBeGone = false
+        // One that ran before this process did may be holding what it hinted.
+        if !hasServed, queues.contains(where: { $0.map { $0.state.nextUsed != 0 } ?? false }) { device.assumeHints() }
+        hasServed = true
+        let live = signals.begin()
         device.activate(
-            features: features & ~(VhostFeature.logAll | VhostFeature.protocolFeatures), queues: queues,
-            signals: signals.begin())
+            features: features & ~(VhostFeature.logAll | VhostFeature.protocolFeatures), queues: queues, signals: live)
+        // A new target or the end of a request may have come with nobody there to be told.
+        live.configurationChanged()
         // What the driver made available before has had its kick.
         for index in rings.indices where rings[index].live != nil { device.notify(queue: index) }
     }
@@ -436,7 +446,7 @@ final class Backend {
                 state: VirtQueueState(
                     size: ring.size, descriptors: descriptors, available: available, used: used, nextAvailable: nextUsed,
                     nextUsed: nextUsed),
-                maximumSize: 32768, features: features)
+                maximumSize: device.queueSizes[index], features: features)
         } catch {
             complain("ring \(index) cannot be served: \(error)")
             signals.state.withLock { $0.errors[index]?.signal() }

@@ -177,11 +177,12 @@ final class HintServer {
         client.window = nil
     }
 
-    /// A driver that hints may have its pages back.
+    /// A driver that hints may have its pages back, unless another client's migration goes on.
     private func finish(_ client: Client) {
-        client.window = nil
-        client.asked?.releaseHints()
+        closeWindow(client)
+        guard let asked = client.asked else { return }
         client.asked = nil
+        if !clients.contains(where: { $0 !== client && $0.asked === asked }) { asked.releaseHints() }
     }
 
     private func remove(_ client: Client) {

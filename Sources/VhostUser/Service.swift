@@ -66,6 +66,7 @@ public final class VhostUserService: Sendable {
         var connection: Connection?
         while !isStopped.load(ordering: .sequentiallyConsistent) {
             backend.settle()
+            let delay = backend.device.askWhatWaits()
             hints.progress(backend)
 
             // What can happen next.
@@ -86,7 +87,8 @@ public final class VhostUserService: Sendable {
             }
             for client in hints.clients { watch(.client(client), client.socket) }
 
-            let limit = hints.nextDeadline.map { max(0, min($0 - monotonicMilliseconds(), 1 << 30)) } ?? -1
+            let untilDeadline = hints.nextDeadline.map { max(0, min($0 - monotonicMilliseconds(), 1 << 30)) }
+            let limit = [untilDeadline, delay.map { Int64($0) }].compactMap(\.self).min() ?? -1
             let ready = unsafe poll(&polled, nfds_t(polled.count), Int32(limit))
             guard ready >= 0 || lacuna_errno() == EINTR else { throw VhostUserFailure("poll: \(errorText())") }
             guard ready > 0 else { continue }

@@ -244,6 +244,32 @@ public final class VirtQueue: Sendable {
         memory.fence()
     }
 
+    /// For a device that stops before the queue is empty: from here on the driver notifies of what it makes available.
+    /// Returns the chains that wait already and of which it may not notify any more; the device has to take them without
+    /// being told. Without the event index that is none: the driver notifies of every chain, then.
+    public func askForLaterNotification() -> Int {
+        progress.withLock { progress in
+            guard progress.isEnabled, progress.failure == nil, usesEventIndex, !isPacked,
+                let index = try? memory.loadAcquire16(GuestAddress(available.rawValue &+ 2))
+            else { return 0 }
+            var found = index
+            // A driver that meanwhile passed the entry named does not notify. It can do so only as often as it has
+            // chains left: those that were not given back take up the queue.
+            for _ in 0...size {
+                let place = GuestAddress(used.rawValue &+ 4 &+ 8 &* UInt64(size))
+                try? memory.store(found, at: place)
+                // The entry has to be visible before the index is read again (section 2.7.10).
+                memory.fence()
+                guard let again = try? memory.loadAcquire16(GuestAddress(available.rawValue &+ 2)), again != found else {
+                    break
+                }
+                found = again
+            }
+            // More than the queue's size is no driver's doing; the next look at the ring finds that out.
+            return Int(min(found &- progress.nextAvailable, size))
+        }
+    }
+
     /// The head of the next chain, read from the available ring.
     private func nextHead(_ progress: Progress) throws(VirtQueueError) -> UInt16? {
         var head: UInt16 = 0, index: UInt16

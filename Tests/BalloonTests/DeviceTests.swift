@@ -155,11 +155,11 @@ import Virtio
     @Test func impossibleBalloonPages() {
         func state(_ runs: [(UInt32, UInt32)], count: UInt32? = nil) -> StateDecoder {
             var encoder = StateEncoder()
-            encoder.put(UInt8(2))
+            encoder.put(UInt8(3))
             for value in [0, 0, 0, 2] as [UInt32] { encoder.put(value) }
-            // No hints, no interval, no buffer of statistics and none wanted, no statistics; runs of pages.
+            // No hints, none on their way, no interval, no buffer of statistics and none wanted, no statistics; runs of pages.
             for value in [0, 0] as [UInt8] { encoder.put(value) }
-            encoder.put(UInt32(0))
+            for value in [0, 0] as [UInt32] { encoder.put(value) }
             encoder.put(UInt8(0))
             for value in [0, 0] as [UInt16] { encoder.put(value) }
             encoder.put(UInt8(0))

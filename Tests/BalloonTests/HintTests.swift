@@ -44,18 +44,124 @@ import Virtio
         bench.sayCommand(request)
         bench.hint(512)
         _ = bench.device.waitForReport(request, milliseconds: 0)
+        bench.sayCommand(0)
         bench.device.releaseHints()
         let next = bench.device.openWindow(), before = bench.interrupts.value
         // Other fields are not it.
         _ = bench.driver.configuration(0)
         _ = bench.driver.configuration(12)
-        #expect(bench.interrupts.value == before)
-        #expect(command(bench) == 1)
+        #expect(bench.device.askWhatWaits() == nil && bench.device.waitForReport(next, milliseconds: 0) == nil)
+        // A read gives no signals.
+        #expect(bench.driver.configuration(8) == 1 && bench.interrupts.value == before)
         // Told to look again, it finds the request.
+        #expect(bench.device.askWhatWaits() == nil)
         #expect(bench.interrupts.value == before + 1 && command(bench) == next)
         bench.sayCommand(next)
         bench.hint(700)
         #expect(pages(try #require(bench.device.waitForReport(next, milliseconds: 0)).pages) == [700])
+    }
+
+    /// A device in the state in which a request waits for DONE to be read.
+    private func waiting(afterStop: Bool) -> (bench: StockBench, next: UInt32) {
+        let bench = StockBench()
+        let request = bench.device.openWindow()
+        bench.sayCommand(request)
+        bench.hint(512)
+        if afterStop { bench.sayCommand(0) }
+        bench.device.releaseHints()
+        let next = bench.device.openWindow()
+        bench.driver.write(.interruptAcknowledge, 3)
+        return (bench, next)
+    }
+    /// The command id as somebody sees it who fetches everything.
+    private func shown(_ bench: StockBench) -> UInt32 {
+        bench.device.readConfiguration(offset: 0, bytes: 20)[8..<12].reversed().reduce(0) { $0 << 8 | UInt32($1) }
+    }
+    private func configurationChanged(_ bench: StockBench) -> Bool {
+        defer { bench.driver.write(.interruptAcknowledge, 2) }
+        return bench.driver.read(.interruptStatus) & 2 != 0
+    }
+
+    @Test func whoWaitsForTheReportAsksAsSoonAsDoneWasRead() throws {
+        let (bench, next) = waiting(afterStop: true)
+        let device = bench.device, result = MessageLog()
+        let thread = HostThread {
+            let report = device.waitForReport(next, milliseconds: 60_000)
+            result.add(report.map { "\(pages($0.pages))" } ?? "none")
+        }
+        #expect(command(bench) == 1)
+        while command(bench) == 1 { sleep(milliseconds: 1) }
+        #expect(configurationChanged(bench) && command(bench) == next)
+        bench.sayCommand(next)
+        bench.hint(700)
+        bench.sayCommand(0)
+        thread.join()
+        #expect(result.lines == ["[700]"])
+    }
+
+    /// Linux reads the id in its sending loop too, where DONE gives nothing back.
+    @Test func doneReadWhileSendingDoesNotCount() {
+        let (bench, next) = waiting(afterStop: false)
+        #expect(command(bench) == 1 && shown(bench) == 1 && bench.device.askWhatWaits() == nil)
+        #expect(command(bench) == 1 && !configurationChanged(bench))
+        // Not all of what it sent was looked at.
+        bench.driver.add(queue: 3, readable: [words32([0])])
+        bench.driver.add(queue: 3, readable: [words32([5])])
+        bench.driver.kick(3)
+        #expect(command(bench) == 1 && bench.device.askWhatWaits() == nil && !configurationChanged(bench))
+        bench.driver.add(queue: 3, readable: [words32([0])])
+        #expect(command(bench) == 1 && bench.device.askWhatWaits() == nil)
+        bench.driver.kick(3)
+        // It looks again at the end of its sending, and that counts.
+        #expect(configurationChanged(bench) && bench.device.askWhatWaits() == nil && shown(bench) == 1)
+        #expect(command(bench) == 1 && bench.device.askWhatWaits() == nil)
+        #expect(configurationChanged(bench) && command(bench) == next)
+    }
+
+    /// An id that the driver announced and the device did not see yet is sending, too.
+    @Test func doneReadBehindAnUnseenCommandDoesNotCount() {
+        let (bench, next) = waiting(afterStop: true)
+        bench.driver.add(queue: 3, readable: [words32([next - 1])])
+        #expect(command(bench) == 1 && bench.device.askWhatWaits() == nil && shown(bench) == 1)
+        bench.driver.add(queue: 3, readable: [words32([0])])
+        bench.driver.kick(3)
+        #expect(configurationChanged(bench) && command(bench) == 1)
+        #expect(bench.device.askWhatWaits() == nil && command(bench) == next)
+    }
+
+    /// QEMU fetches the whole configuration whichever field its guest reads.
+    @Test func aReadOfEverythingCountsAfterAWhile() throws {
+        for isBytewise in [false, true] {
+            let (bench, next) = waiting(afterStop: true)
+            #expect(bench.device.askWhatWaits() == nil)
+            if isBytewise {
+                // The value stays whole while it is read in pieces.
+                #expect((8..<12).map { bench.device.readConfiguration(offset: $0, count: 1) } == [1, 0, 0, 0])
+            } else {
+                #expect(shown(bench) == 1)
+            }
+            let delay = try #require(bench.device.askWhatWaits())
+            #expect(delay > 0 && delay <= 101 && !configurationChanged(bench))
+            // Who waits for the report asks when it is time.
+            #expect(!bench.device.waitForEnd(of: next, milliseconds: delay + 50))
+            #expect(configurationChanged(bench) && shown(bench) == next)
+        }
+        // A request that comes later than that finds DONE read.
+        let bench = StockBench()
+        _ = bench.device.openWindow()
+        bench.device.releaseHints()
+        #expect(shown(bench) == 1)
+        sleep(milliseconds: 110)
+        #expect(bench.device.openWindow() == shown(bench))
+        // One that began to send meanwhile did so without having seen it.
+        let (late, next) = waiting(afterStop: true)
+        #expect(shown(late) == 1)
+        late.sayCommand(next - 1)
+        #expect(!late.device.waitForEnd(of: next, milliseconds: 150) && shown(late) == 1)
+        late.driver.write(.interruptAcknowledge, 3)
+        late.sayCommand(0)
+        #expect(configurationChanged(late) && command(late) == 1)
+        #expect(late.device.askWhatWaits() == nil && command(late) == next)
     }
 
     @Test func aRequestThatIsTakenBackLeavesDoneStanding() {
@@ -253,6 +359,16 @@ import Virtio
         #expect(command(target) == 1 && target.driver.read(.interruptStatus) & 2 == 2)
         #expect(!target.device.status.hasHints && target.device.counters.hintChains == 1)
         #expect(target.device.openWindow() == request + 1)
+        // One that is still sending gives nothing back when it reads DONE there.
+        let sending = StockBench()
+        sending.sayCommand(sending.device.openWindow())
+        let third = StockBench(memory: sending.memory, isStarted: false)
+        try third.restore(sending.save())
+        let wanted = third.device.openWindow()
+        #expect(command(third) == 1 && third.device.askWhatWaits() == nil && command(third) == 1)
+        sending.driver.add(queue: 3, readable: [words32([0])])
+        third.transport.kick()
+        #expect(command(third) == 1 && third.device.askWhatWaits() == nil && command(third) == wanted)
         // A machine that nobody asked has nothing to let go of.
         let quiet = StockBench(isStarted: false)
         try quiet.restore(StockBench().save())

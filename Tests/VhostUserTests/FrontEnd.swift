@@ -161,6 +161,8 @@ final class FrontEnd {
             && acknowledged(10, Self.halves(number, UInt32(queue.usedIndex))) == 0
             && acknowledged(9, addresses(index)) == 0
             && acknowledged(13, Self.words(UInt64(index)), [calls[index]!]) == 0
+            // What an earlier descriptor may have missed.
+            && waitFor(calls[index]!, milliseconds: 0)
             && acknowledged(12, Self.words(UInt64(index)), [kicks[index]!]) == 0
             && acknowledged(18, Self.halves(number, 1)) == 0
     }
@@ -210,11 +212,21 @@ final class FrontEnd {
         return recv(backendChannel, &header, 12, 0) == 12 && header[0] == 2
     }
 
-    func configuration(_ offset: UInt32) -> UInt32? {
-        send(24, Self.halves(offset, 4, 0) + [0, 0, 0, 0])
-        guard let reply = receive(), reply.payload.count == 16 else { return nil }
-        return reply.payload[12...].reversed().reduce(0) { $0 << 8 | UInt32($1) }
+    /// Takes the configuration changes that are there.
+    func takeConfigurationChanges() {
+        var bin = [UInt8](repeating: 0, count: 4096)
+        while recv(backendChannel, &bin, bin.count, lacuna_MSG_DONTWAIT) > 0 {}
     }
+
+    func configuration(_ offset: UInt32) -> UInt32? { configuration(offset, 4).map { Self.number($0) } }
+
+    func configuration(_ offset: UInt32, _ count: Int) -> [UInt8]? {
+        send(24, Self.halves(offset, UInt32(count), 0) + [UInt8](repeating: 0, count: count))
+        guard let reply = receive(), reply.payload.count == 12 + count else { return nil }
+        return Array(reply.payload[12...])
+    }
+
+    static func number(_ bytes: [UInt8]) -> UInt32 { bytes.reversed().reduce(0) { $0 << 8 | UInt32($1) } }
 }
 
 /// Connects to a socket as soon as somebody listens there.

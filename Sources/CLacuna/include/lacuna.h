@@ -133,7 +133,7 @@ struct lacuna_region {
 
 /*
  * Sets the guest's RAM, all of it, in any order; at most 4096 regions. It may change at any time, also with the driver
- * active (hotplug): queues and balloon go on. The mappings stay the caller's, who must keep them until the next
+ * active (hotplug): queues and balloon go on, and the configuration is signalled. The mappings stay the caller's, who must keep them until the next
  * set_memory or destroy returned. Open windows end (FAILED). ARGUMENT, HANDLE, MEMORY; QUEUE if a queue of the active
  * driver is not in the new memory: then nothing was changed.
  */
@@ -152,7 +152,8 @@ int lacuna_device_set_features(lacuna_device device, uint64_t features);
 
 /*
  * The configuration space, little-endian. Any offset; bytes beyond the end read as 0, and writes to fields that are not
- * the driver's are ignored. `bytes` is at most 256.
+ * the driver's are ignored. `bytes` is at most 256, all of one moment. To be called with the offset and size of the
+ * driver's own access. Reading calls no callback: a lock of the VMM's may be held around it.
  */
 int lacuna_device_config_read(lacuna_device device, uint32_t offset, void *buffer, size_t bytes);
 int lacuna_device_config_write(lacuna_device device, uint32_t offset, const void *buffer, size_t bytes);
@@ -174,7 +175,10 @@ int lacuna_device_set_queue(lacuna_device device, const struct lacuna_queue *que
 /* Where a queue is and how far it got. `queue->size` and `queue->index` are the caller's. */
 int lacuna_device_queue_state(lacuna_device device, struct lacuna_queue *queue);
 
-/* DRIVER_OK. STATE: active already, or no features or memory were set. QUEUE. */
+/*
+ * DRIVER_OK. STATE: active already, or no features or memory were set. QUEUE. Signals the configuration, since it may
+ * have changed before.
+ */
 int lacuna_device_activate(lacuna_device device);
 
 /*
@@ -270,7 +274,7 @@ struct lacuna_report {
 /*
  * Waits for the report, for at most `milliseconds` (a day at most; 0: looks once). Afterwards, any number of calls
  * return at once. `report` may be NULL. HANDLE, TIMEOUT, FAILED, STALE. Waits in its own thread; meanwhile the other
- * calls work, and close or destroy end the wait.
+ * calls work, this one on other threads too, and close or destroy end the wait. May signal the configuration.
  */
 int lacuna_window_wait(lacuna_window window, uint32_t milliseconds, struct lacuna_report *report);
 

@@ -210,6 +210,7 @@ int main(int count, char **words) {
     if (forget)
         return migrate(1, true);
     bad_input();
+    resume();
     for (unsigned seed = 1; seed <= 10; seed++)
         if (migrate(seed, false) != 0)
             return 1;

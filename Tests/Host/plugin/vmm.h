@@ -75,6 +75,7 @@ static inline void guest_wrote(struct guest *guest, uint64_t page) {
 #define DRIVER_PAGES 32
 
 void bad_input(void);
+void resume(void);
 int migrate(unsigned seed, bool forget_discards);
 
 #endif
