@@ -63,11 +63,16 @@ let package = Package(
         .testTarget(name: "VirtioTests", dependencies: ["GuestMemory", "Virtio", "TestSupport"], swiftSettings: common),
         .testTarget(name: "BalloonTests", dependencies: ["Balloon", "GuestMemory", "TestSupport"], swiftSettings: common),
         .testTarget(
-            name: "VhostUserTests", dependencies: ["Balloon", "CLinux", "GuestMemory", "TestSupport", "VhostUser", "Virtio"],
+            name: "VhostUserTests",
+            dependencies: ["Balloon", "CLinux", "GuestMemory", "TestSupport", "VhostUser", "VhostUserSupport", "Virtio"],
             swiftSettings: common),
+        .target(
+            name: "VhostUserSupport", dependencies: ["CLinux", "GuestMemory", "TestSupport", "VhostUser"],
+            path: "Tests/VhostUserSupport", swiftSettings: common),
         .executableTarget(
-            name: "lacuna-figures", dependencies: ["Balloon", "CLacuna", "CLinux", "GuestMemory"], path: "Tests/Figures",
-            swiftSettings: common),
+            name: "lacuna-figures",
+            dependencies: ["Balloon", "CLacuna", "CLinux", "GuestMemory", "TestSupport", "VhostUserSupport", "Virtio"],
+            path: "Tests/Figures", swiftSettings: common),
         .testTarget(
             name: "MigrationTests", dependencies: ["CLinux", "GuestMemory", "Migration", "TestSupport"], swiftSettings: common),
         .testTarget(name: "CommandTests", dependencies: ["CLinux", "Machine", "Migration", "lacuna"], swiftSettings: common),

@@ -29,6 +29,8 @@ final class Backend {
     private var driverMayBeGone = false
     /// A driver was served, so that what it may be holding is known.
     private var hasServed = false
+    /// The rings that the driver was last told with, as long as they are not stopped; none after its memory changed.
+    private var toldRings: Set<Int> = []
     var complain: RateLimitedLog
     /// Figures for an operator.
     private(set) var messages: UInt64 = 0
@@ -260,6 +262,7 @@ final class Backend {
         table = wanted
         memory = fresh
         applyLog()
+        toldRings = []
         isUnsettled = true
     }
 
@@ -343,6 +346,7 @@ final class Backend {
             isUnsettled = true
         case .getRingBase:
             rings[number].stop()
+            toldRings.remove(number)
             rings[number].kick = nil
             signals.state.withLock { $0.calls[number] = nil }
             if !isLive { driverMayBeGone = true }
@@ -407,6 +411,8 @@ final class Backend {
     func settle() {
         guard isUnsettled else { return }
         isUnsettled = false
+        let told = toldRings
+        toldRings = []
         for index in rings.indices { rings[index].stop() }
         signals.end()
         device = BalloonDevice(memory: memory, succeeding: device, keepingPages: !driverMayBeGone)
@@ -425,8 +431,11 @@ final class Backend {
         let live = signals.begin()
         device.activate(
             features: features & ~(VhostFeature.logAll | VhostFeature.protocolFeatures), queues: queues, signals: live)
-        // A new target or the end of a request may have come with nobody there to be told.
-        live.configurationChanged()
+        // A new target or the end of a request may have come with nobody there to be told. Only if something began:
+        // QEMU 11 stops ring after ring and then crashes when it finds a configuration change in its channel.
+        let served = Set(rings.indices.filter { rings[$0].live != nil })
+        if !served.isSubset(of: told) { live.configurationChanged() }
+        toldRings = served
         // What the driver made available before has had its kick.
         for index in rings.indices where rings[index].live != nil { device.notify(queue: index) }
     }

@@ -4,6 +4,7 @@ import CLinux
 import GuestMemory
 import TestSupport
 import Testing
+import VhostUserSupport
 import Virtio
 
 /// The driver's side of a report over vhost-user.

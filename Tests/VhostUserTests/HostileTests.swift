@@ -3,6 +3,7 @@ import CLinux
 import GuestMemory
 import TestSupport
 import Testing
+import VhostUserSupport
 import Virtio
 
 /// `lacuna vhost-user` as a process of its own: whatever happens to it is seen from outside.

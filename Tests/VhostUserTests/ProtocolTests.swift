@@ -4,6 +4,7 @@ import CLinux
 import GuestMemory
 import TestSupport
 import Testing
+import VhostUserSupport
 import Virtio
 
 let version1 = VirtioFeature.version1

@@ -3,6 +3,7 @@ import Balloon
 import CLinux
 import TestSupport
 import Testing
+import VhostUserSupport
 import Virtio
 
 /// A driver that goes on while its device changes: what it has to hear, it hears.
@@ -42,6 +43,25 @@ import Virtio
         frontEnd.takeConfigurationChanges()
         #expect(frontEnd.setUp(0, fresh: false) && frontEnd.setUp(1, fresh: false))
         #expect(frontEnd.awaitConfigurationChange() && frontEnd.configuration(0) == 4321)
+    }
+
+    /// QEMU ends at a configuration change that reaches it after it has stopped the device, which it does ring by ring.
+    @Test func nothingIsToldWhileRingsStop() throws {
+        let running = try RunningService()
+        defer { running.stop() }
+        let frontEnd = try #require(FrontEnd(running.socket))
+        #expect(frontEnd.start(features: hintFeatures, rings: [0, 1, 2]) && frontEnd.transfer(0, [pageList([300])]) == 0)
+        frontEnd.takeConfigurationChanges()
+        for ring in [2, 1] as [UInt32] {
+            // Disabled first, and served on between the two.
+            #expect(frontEnd.acknowledged(18, FrontEnd.halves(ring, 0)) == 0 && frontEnd.transfer(0, [pageList([300])]) == 0)
+            frontEnd.send(11, FrontEnd.halves(ring, 0))
+            #expect(frontEnd.receive() != nil && frontEnd.transfer(0, [pageList([300])]) == 0)
+        }
+        #expect(!frontEnd.hasConfigurationChange)
+        // Begins again: told.
+        #expect(frontEnd.setUp(1, fresh: false) && frontEnd.transfer(0, [pageList([300])]) == 0)
+        #expect(frontEnd.hasConfigurationChange)
     }
 
     /// A new process before a driver that another one served: on a migration's destination, or after a restart.

@@ -5,16 +5,16 @@ import TestSupport
 import VhostUser
 
 /// A file in memory, open in this process.
-final class MemoryFile: Sendable {
-    let descriptor: Int32
-    let size: UInt64
-    init(_ size: UInt64, name: String = "lacuna-guest") {
+package final class MemoryFile: Sendable {
+    package let descriptor: Int32
+    package let size: UInt64
+    package init(_ size: UInt64, name: String = "lacuna-guest") {
         descriptor = lacuna_memfd(name)
         self.size = size
         precondition(descriptor >= 0 && ftruncate(descriptor, off_t(size)) == 0)
     }
     deinit { close(descriptor) }
-    var populatedBytes: Int {
+    package var populatedBytes: Int {
         var information = stat()
         precondition(fstat(descriptor, &information) == 0)
         return Int(information.st_blocks) * 512
@@ -23,20 +23,20 @@ final class MemoryFile: Sendable {
 
 /// A VMM as the service sees it: sends messages, right or wrong, with descriptors. Its guest memory is a file, seen
 /// through `memory` here.
-final class FrontEnd {
-    static let userBase: UInt64 = 0x7f00_0000_0000
+package final class FrontEnd {
+    package static let userBase: UInt64 = 0x7f00_0000_0000
 
-    let socket: Int32
-    let file: MemoryFile
-    let memory: GuestMemory
-    private(set) var calls: [Int: Int32] = [:]
-    private(set) var kicks: [Int: Int32] = [:]
-    private(set) var queues: [Int: MockQueue] = [:]
-    private(set) var backendChannel: Int32 = -1
+    package let socket: Int32
+    package let file: MemoryFile
+    package let memory: GuestMemory
+    package private(set) var calls: [Int: Int32] = [:]
+    package private(set) var kicks: [Int: Int32] = [:]
+    package private(set) var queues: [Int: MockQueue] = [:]
+    package private(set) var backendChannel: Int32 = -1
     private var arena: UInt64 = 1 << 20
 
     /// Waits until the service listens.
-    init?(_ path: String, file: MemoryFile? = nil) {
+    package init?(_ path: String, file: MemoryFile? = nil) {
         guard let made = connectTo(path, packets: false) else { return nil }
         socket = made
         self.file = file ?? MemoryFile(16 << 20)
@@ -59,12 +59,12 @@ final class FrontEnd {
 
     /// Any bytes with any descriptors. False if the service is gone.
     @discardableResult
-    func sendRaw(_ bytes: [UInt8], _ descriptors: [Int32] = []) -> Bool {
+    package func sendRaw(_ bytes: [UInt8], _ descriptors: [Int32] = []) -> Bool {
         lacuna_send(socket, bytes, bytes.count, 0, descriptors, Int32(descriptors.count)) == bytes.count
     }
 
     @discardableResult
-    func send(_ request: UInt32, _ payload: [UInt8] = [], _ descriptors: [Int32] = [], flags: UInt32 = 1) -> Bool {
+    package func send(_ request: UInt32, _ payload: [UInt8] = [], _ descriptors: [Int32] = [], flags: UInt32 = 1) -> Bool {
         var message = ByteBuilder()
         message.put(request)
         message.put(flags)
@@ -73,7 +73,7 @@ final class FrontEnd {
     }
 
     /// The next reply's request and payload; nil if the service closed or does not answer.
-    func receive() -> (request: UInt32, payload: [UInt8])? {
+    package func receive() -> (request: UInt32, payload: [UInt8])? {
         func exactly(_ count: Int) -> [UInt8]? {
             var bytes = [UInt8](repeating: 0, count: count), done = 0
             while done < count {
@@ -90,42 +90,42 @@ final class FrontEnd {
     }
 
     /// A request with a reply of one word.
-    func ask(_ request: UInt32, _ payload: [UInt8] = []) -> UInt64? {
+    package func ask(_ request: UInt32, _ payload: [UInt8] = []) -> UInt64? {
         send(request, payload)
         guard let reply = receive(), reply.request == request, reply.payload.count == 8 else { return nil }
         return reply.payload.reversed().reduce(0) { $0 << 8 | UInt64($1) }
     }
 
     /// A request with need_reply; its code.
-    func acknowledged(_ request: UInt32, _ payload: [UInt8] = [], _ descriptors: [Int32] = []) -> UInt64? {
+    package func acknowledged(_ request: UInt32, _ payload: [UInt8] = [], _ descriptors: [Int32] = []) -> UInt64? {
         send(request, payload, descriptors, flags: 1 | 8)
         guard let reply = receive(), reply.request == request, reply.payload.count == 8 else { return nil }
         return reply.payload.reversed().reduce(0) { $0 << 8 | UInt64($1) }
     }
 
-    static func words(_ list: UInt64...) -> [UInt8] {
+    package static func words(_ list: UInt64...) -> [UInt8] {
         var bytes = ByteBuilder()
         for word in list { bytes.put(word) }
         return bytes.bytes
     }
-    static func halves(_ list: UInt32...) -> [UInt8] {
+    package static func halves(_ list: UInt32...) -> [UInt8] {
         var bytes = ByteBuilder()
         for word in list { bytes.put(word) }
         return bytes.bytes
     }
 
-    func memoryTable(size: UInt64? = nil) -> [UInt8] {
+    package func memoryTable(size: UInt64? = nil) -> [UInt8] {
         Self.halves(1, 0) + Self.words(0, size ?? file.size, Self.userBase, 0)
     }
 
-    func allocate(_ bytes: UInt64, alignment: UInt64 = 16) -> UInt64 {
+    package func allocate(_ bytes: UInt64, alignment: UInt64 = 16) -> UInt64 {
         arena = (arena + alignment - 1) & ~(alignment - 1)
         defer { arena += bytes }
         return arena
     }
 
     /// Everything up to a running device with these rings, as a real front end does it. True if all was accepted.
-    func start(features: UInt64, rings: [Int], fresh: Bool = true) -> Bool {
+    package func start(features: UInt64, rings: [Int], fresh: Bool = true) -> Bool {
         send(3)
         guard let offered = ask(1), features & ~offered == 0, let protocolFeatures = ask(15) else { return false }
         guard acknowledgedLate(16, Self.words(protocolFeatures)) else { return false }
@@ -148,7 +148,7 @@ final class FrontEnd {
     }
 
     /// Sets a ring up, in new places of guest memory or, for a front end that takes over, in the old ones.
-    func setUp(_ index: Int, size: UInt16 = 32, fresh: Bool = true) -> Bool {
+    package func setUp(_ index: Int, size: UInt16 = 32, fresh: Bool = true) -> Bool {
         if fresh || queues[index] == nil {
             queues[index] = MockQueue(
                 memory: memory, base: allocate(MockQueue.bytes(size: size), alignment: 4096), size: size)
@@ -167,17 +167,17 @@ final class FrontEnd {
             && acknowledged(18, Self.halves(number, 1)) == 0
     }
 
-    func addresses(_ index: Int) -> [UInt8] {
+    package func addresses(_ index: Int) -> [UInt8] {
         let queue = queues[index]!
         return Self.halves(UInt32(index), 0)
             + Self.words(
                 Self.userBase + queue.descriptors, Self.userBase + queue.used, Self.userBase + queue.available, queue.used)
     }
 
-    func adopt(_ queue: MockQueue, _ index: Int) { queues[index] = queue }
+    package func adopt(_ queue: MockQueue, _ index: Int) { queues[index] = queue }
 
     /// Makes a buffer available, kicks, and waits until it comes back; the written length, or nil if it did not.
-    func transfer(_ index: Int, _ readable: [[UInt8]], writable: [Int] = []) -> UInt32? {
+    package func transfer(_ index: Int, _ readable: [[UInt8]], writable: [Int] = []) -> UInt32? {
         let queue = queues[index]!
         var list = readable.map { bytes in
             let place = allocate(UInt64(bytes.count))
@@ -191,13 +191,13 @@ final class FrontEnd {
         return queue.takeUsed().first?.written
     }
 
-    func kick(_ index: Int) {
+    package func kick(_ index: Int) {
         var one: UInt64 = 1
         write(kicks[index]!, &one, 8)
     }
 
     /// Waits for an event, and takes it.
-    func waitFor(_ descriptor: Int32, milliseconds: Int32 = 20000) -> Bool {
+    package func waitFor(_ descriptor: Int32, milliseconds: Int32 = 20000) -> Bool {
         var polled = pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0)
         guard poll(&polled, 1, milliseconds) == 1 else { return false }
         var buffer: UInt64 = 0
@@ -205,32 +205,38 @@ final class FrontEnd {
     }
 
     /// Waits for a configuration change.
-    func awaitConfigurationChange() -> Bool {
+    package func awaitConfigurationChange() -> Bool {
         var polled = pollfd(fd: backendChannel, events: Int16(POLLIN), revents: 0)
         guard poll(&polled, 1, 20000) == 1 else { return false }
         var header = [UInt8](repeating: 0, count: 12)
         return recv(backendChannel, &header, 12, 0) == 12 && header[0] == 2
     }
 
+    /// Whether a configuration change is there.
+    package var hasConfigurationChange: Bool {
+        var polled = pollfd(fd: backendChannel, events: Int16(POLLIN), revents: 0)
+        return poll(&polled, 1, 0) == 1
+    }
+
     /// Takes the configuration changes that are there.
-    func takeConfigurationChanges() {
+    package func takeConfigurationChanges() {
         var bin = [UInt8](repeating: 0, count: 4096)
         while recv(backendChannel, &bin, bin.count, lacuna_MSG_DONTWAIT) > 0 {}
     }
 
-    func configuration(_ offset: UInt32) -> UInt32? { configuration(offset, 4).map { Self.number($0) } }
+    package func configuration(_ offset: UInt32) -> UInt32? { configuration(offset, 4).map { Self.number($0) } }
 
-    func configuration(_ offset: UInt32, _ count: Int) -> [UInt8]? {
+    package func configuration(_ offset: UInt32, _ count: Int) -> [UInt8]? {
         send(24, Self.halves(offset, UInt32(count), 0) + [UInt8](repeating: 0, count: count))
         guard let reply = receive(), reply.payload.count == 12 + count else { return nil }
         return Array(reply.payload[12...])
     }
 
-    static func number(_ bytes: [UInt8]) -> UInt32 { bytes.reversed().reduce(0) { $0 << 8 | UInt32($1) } }
+    package static func number(_ bytes: [UInt8]) -> UInt32 { bytes.reversed().reduce(0) { $0 << 8 | UInt32($1) } }
 }
 
 /// Connects to a socket as soon as somebody listens there.
-func connectTo(_ path: String, packets: Bool) -> Int32? {
+package func connectTo(_ path: String, packets: Bool) -> Int32? {
     var address = sockaddr_un()
     address.sun_family = sa_family_t(AF_UNIX)
     withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: Array(path.utf8)) }
@@ -250,16 +256,16 @@ func connectTo(_ path: String, packets: Bool) -> Int32? {
 }
 
 /// A service on a thread of its own.
-final class RunningService {
-    let service: VhostUserService
-    let folder: String
-    let log = Tally()
+package final class RunningService {
+    package let service: VhostUserService
+    package let folder: String
+    package let log = Tally()
     private let thread: HostThread
 
-    var socket: String { folder + "/s" }
-    var hintSocket: String { folder + "/h" }
+    package var socket: String { folder + "/s" }
+    package var hintSocket: String { folder + "/h" }
 
-    init(target: UInt32 = 0, limit: UInt64 = 1 << 32) throws {
+    package init(target: UInt32 = 0, limit: UInt64 = 1 << 32) throws {
         var template = Array("/tmp/lacuna-vu.XXXXXX".utf8CString)
         precondition(mkdtemp(&template) != nil)
         folder = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
@@ -272,7 +278,7 @@ final class RunningService {
         thread = HostThread { try! service.run() }
     }
 
-    func stop() {
+    package func stop() {
         service.stop()
         thread.join()
     }
