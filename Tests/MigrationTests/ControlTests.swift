@@ -212,7 +212,7 @@ import Testing
             if header.type == .roundEnd { break }
             frames += 1
         }
-        // It answers nothing to the state, but sends an answer, slowly: in all longer than the limit for the whole, each byte
+        // It answers the state slowly: every byte in time, the whole not.
         var header = [UInt8](repeating: 0, count: FrameHeader.size)
         header.withUnsafeMutableBytes { FrameHeader(.loaded).encode(into: $0.baseAddress!) }
         for byte in header {
