@@ -82,14 +82,16 @@ final class ConsoleOutput: Sendable {
     private func writePending() {
         let mostAtOnce = 512, lookMilliseconds: Int32 = 200
         while true {
+            // Not for ever: `close` takes away what there is to write.
+            var polled = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
+            let isReady = poll(&polled, 1, lookMilliseconds) > 0
+            // Taken only now, so that nothing is written that was given up meanwhile.
             let next: ArraySlice<UInt8> = state.update { state in
                 if state.pending.isEmpty { state.hasWriter = false }
                 return state.pending.prefix(mostAtOnce)
             }
             guard !next.isEmpty else { return }
-            // Not for ever: `close` takes away what there is to write.
-            var polled = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
-            guard poll(&polled, 1, lookMilliseconds) > 0 else { continue }
+            guard isReady else { continue }
             let count = write(next)
             // Only this thread takes bytes away, but for `close`.
             state.update { $0.pending.removeFirst(min(count, $0.pending.count)) }
