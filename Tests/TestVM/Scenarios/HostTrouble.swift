@@ -7,6 +7,7 @@ import Migration
 let hostTroubleScenarios: [Scenario] = [
     Scenario(name: "stuck-console", memory: 2560, limit: 600, isQuick: false, body: stuckConsole),
     Scenario(name: "reboot-memory", memory: 2560, limit: 600, isQuick: false, body: rebootMemory),
+    Scenario(name: "reboot-in-migration", memory: 2560, limit: 600, isQuick: false, body: rebootDuringMigration),
     Scenario(name: "reboot-hugepages", memory: 2560, limit: 600, isQuick: false, body: rebootHugePages),
     Scenario(name: "no-threads", memory: 2560, limit: 600, isQuick: false, body: noThreads),
 ]
@@ -111,6 +112,28 @@ private func rebootMemory(_ stage: Stage) throws(Failure) {
     // What is measured must be most of a guest, or two of them would not show.
     try expect(resident[0] > 160 << 20, "the first life took \(resident[0] >> 20) MiB only")
     for bytes in resident.dropFirst() { try expect(bytes < 300 << 20, "\(bytes >> 20) MiB are resident after a reboot") }
+    try stage.stop(guest)
+}
+
+/// A guest that resets itself in the middle of a migration ends that one at once, and boots again where it is.
+private func rebootDuringMigration(_ stage: Stage) throws(Failure) {
+    let guest = try stage.boot("guest", memory: "256M", run: "dirty-then-free:75")
+    let destination = try stage.receive("destination", at: "unix:channel")
+    let client = try stage.start(
+        "migrate", ["./lacuna", "migrate", "--control", guest.control, "--to", "unix:channel", "--bandwidth", "1M"])
+    try stage.ask("a migration under way") { () throws(Failure) in
+        try expect(client.status == nil, "the migration ended by itself: \(client.text)")
+        return try stage.run(["./lacuna", "status", "--control", guest.control]).text.contains("\"migrating\"")
+    }
+    let before = guest.child.lines.count
+    try stage.enter(guest, "reboot -f")
+    try expect(try stage.waitForEnd(client, seconds: 60) == 1, "the migration's status is \(client.status ?? -1)")
+    try expect(client.text.contains("the guest ended while it was being migrated"), "the migration says: \(client.text)")
+    try expect(try stage.waitForEnd(destination.child, seconds: 60) != 0, "the destination lives on")
+    try stage.wait(guest.child, for: "GUEST-READY", from: before, seconds: patience)
+    let resident = try stage.residentMemory(guest)
+    say("\(resident >> 20) MiB are resident after the reboot")
+    try expect(resident < 300 << 20, "\(resident >> 20) MiB are resident after a reboot")
     try stage.stop(guest)
 }
 
