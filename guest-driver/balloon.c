@@ -369,6 +369,10 @@ static int lacuna_migrate_page(struct balloon_dev_info *info,
 		lacuna_manage(vb, page, -1);
 		vb->nr_pages++;
 		vb->limbo = page;
+		/* Without a buffer that comes back, nothing else would. */
+		if (!vb->owing && !READ_ONCE(vb->stopping))
+			queue_delayed_work(vb->wq, &vb->size_work,
+					   LACUNA_RETRY);
 	}
 	mutex_unlock(&vb->balloon_lock);
 	return MIGRATEPAGE_SUCCESS;

@@ -100,7 +100,8 @@ static int lacuna_hint_wait(struct lacuna_balloon *vb, unsigned int room)
 
 		if (left <= 0 || virtqueue_is_broken(vq) || lacuna_hint_over(vb))
 			return -EBUSY;
-		virtqueue_kick(vq);
+		/* A kick without new buffers would be none with event index. */
+		virtqueue_notify(vq);
 		/* Reading what the device has in mind may sleep. */
 		wait_event_idle_timeout(vb->wait,
 					lacuna_hint_room(vb, room) ||
@@ -186,6 +187,9 @@ static void lacuna_hint_later(struct lacuna_balloon *vb)
 	if (lacuna_hint_room(vb, 2) && !vb->hint_cmds &&
 	    !READ_ONCE(vb->stopping))
 		queue_work(vb->wq, &vb->hint_work);
+	else
+		/* A device that missed the last buffer looks again. */
+		virtqueue_notify(vb->vqs[LACUNA_VQ_HINT]);
 }
 
 static void lacuna_hint_work(struct work_struct *work)

@@ -320,6 +320,8 @@ public final class Machine: Sendable {
         serial.output.close(milliseconds: 1000)
         // Its address is free from here on, for the guest's next life.
         vsock?.close()
+        // Whoever waits for the guest's answer has none to expect, and must not look at its rings for one.
+        balloon.reset()
         return end
     }
 

@@ -6,7 +6,8 @@ import Virtio
 
 /// What the destination has to build before the first page arrives.
 struct MachineDescription {
-    static let version: UInt16 = 2
+    /// Goes up with the version of any device's state, so that two releases find out before memory is sent.
+    static let version: UInt16 = 3
     var configuration: MachineConfiguration
     var virtioDevices: [UInt32]
     var cpuid: [CPUIDEntry]

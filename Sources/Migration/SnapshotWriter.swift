@@ -138,10 +138,14 @@ public final class SnapshotWriter: IncomingGuest {
     private var folder: String { path.lastIndex(of: "/").map { $0 == path.startIndex ? "/" : String(path[..<$0]) } ?? "." }
 
     /// A name that nobody else uses; a lost process may have left others.
-    private func temporaryName() -> String { "\(path).\(String(UInt64.random(in: 0...UInt64.max), radix: 16)).partial" }
+    private func temporaryName() -> String {
+        "\(folder)/.\(String(UInt64.random(in: 0...UInt64.max), radix: 16)).partial"
+    }
 
     /// An empty file, with a name only if it has to have one; -1 leaves errno.
     private func create() -> (file: Int32, name: String?) {
+        // A name that cannot be is found out now and not when all is written.
+        if access(path, F_OK) != 0, lacuna_errno() == ENAMETOOLONG { return (-1, nil) }
         // A name can be given later through /proc only.
         if access("/proc/self/fd", X_OK) == 0 {
             let file = lacuna_open_unnamed(folder)

@@ -287,8 +287,8 @@ final class SourceRun {
         let before = bytesSent
         // A round that is cut short leaves its pages in the bitmap for the stopped one.
         while !isForced || isPaused, let run = bitmap.takeRun(limit: 1024) {
-            // W1: a page is tracked again before it is read. Nothing is collected any more once the guest was stopped.
-            if !isPaused { try tracking.willSend(run) }
+            // A page is tracked again before it is read. Nothing is collected any more once the guest was stopped.
+            if !isPaused { try tracking.willSend(run) }  // W1
             if let lanes { try lanes.send(run, meanwhile: lookUp) } else { try pageSender.send(run, &round) }
             try keepUp()
         }

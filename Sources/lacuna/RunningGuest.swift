@@ -10,6 +10,8 @@ final class RunningGuest: Sendable {
         var machine: Machine?
         /// The migration under way, to call it off or let it finish.
         var source: MigrationSource?
+        /// It goes to a file, which is no place for a guest to run.
+        var goesToFile = false
         /// Some migration is being set up or under way.
         var migrating = false
         /// The guest is being paused or resumed.
@@ -106,14 +108,17 @@ final class RunningGuest: Sendable {
                 break
             }
             // The flag before the look: a guest that reboots at this moment is in another machine a moment later.
-            let (stopWaiting, source) = state.withLock {
-                $0.isStopping = true
-                return ($0.stopWaiting, $0.source)
+            let (stopWaiting, source) = state.withLock { state -> ((@Sendable () -> Void)?, MigrationSource?) in
+                let source = state.goesToFile ? nil : state.source
+                if source == nil { state.isStopping = true }
+                return (state.stopWaiting, source)
             }
-            // The guest is to end, and nowhere to go on.
-            if let source, !source.cancel() {
-                state.withLock { $0.isStopping = false }
-                throw Complaint("too late: the destination was told to take the guest; stop it there")
+            if let source {
+                // The guest is to end, and nowhere to go on.
+                guard source.cancel() else {
+                    throw Complaint("too late: the destination was told to take the guest; stop it there")
+                }
+                state.withLock { $0.isStopping = true }
             }
             if let stopWaiting {
                 peer.send(JSON.line(ControlReply(done: true)))
@@ -192,10 +197,11 @@ final class RunningGuest: Sendable {
 
     /// Runs a migration that `beginMigration` allowed, and keeps what is known of it.
     private func follow(
-        _ source: MigrationSource, _ body: () throws(MigrationError) -> MigrationReport
+        _ source: MigrationSource, toFile: Bool = false, _ body: () throws(MigrationError) -> MigrationReport
     ) throws(MigrationError) -> MigrationReport {
         let isStopping = state.withLock {
             $0.source = source
+            $0.goesToFile = toFile
             return $0.isStopping
         }
         // A stop that came before this line did not see the migration.
@@ -290,7 +296,7 @@ final class RunningGuest: Sendable {
             let job = SnapshotJob(
                 of: machine, to: path, options: (request.options ?? MigrationRequest()).options, progress: observer(peer))
             let isLast = request.endsAfterwards == true
-            let report = try follow(job.source) { () throws(MigrationError) in try job.run(keepsPaused: isLast) }
+            let report = try follow(job.source, toFile: true) { () throws(MigrationError) in try job.run(keepsPaused: isLast) }
             if isLast { state.withLock { $0.reason = "saved to \(path)" } }
             // A guest that went to the file stays a migrating one until it has ended here: nobody may resume it.
             if !isLast { endMigration(nil) }

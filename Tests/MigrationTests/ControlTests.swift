@@ -212,10 +212,10 @@ import Testing
             if header.type == .roundEnd { break }
             frames += 1
         }
-        // It answers the state slowly: every byte in time, the whole not.
+        // Its answer comes slowly: every byte in time, the whole not.
         var header = [UInt8](repeating: 0, count: FrameHeader.size)
         header.withUnsafeMutableBytes { FrameHeader(.loaded).encode(into: $0.baseAddress!) }
-        for byte in header {
+        for byte in header.dropLast() {
             let one = [byte]
             do throws(MigrationError) {
                 try one.withUnsafeBytes { bytes -> Result<Void, MigrationError> in

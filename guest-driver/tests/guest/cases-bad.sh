@@ -263,7 +263,7 @@ case_hints_late()
 	echo 1 > $params/hint
 	wait_for 3 released || fail "$(figure hint_blocks) blocks are held"
 	[ "$(cat $params/hint_next)" = 0 ] || fail "DONE was not read"
-	keeps hint 64 || fail "something was used: $(cat $params/kept)"
+	wait_for 3 keeps hint 64 || fail "something was used: $(cat $params/kept)"
 	echo 0 > $params/keep
 	wait_for 60 hints_stopped || fail "no hints for 3: $(cat $params/hint)"
 	[ "$(value pages "$(cat $params/hint)")" -gt 50000 ] ||
