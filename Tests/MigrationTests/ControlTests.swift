@@ -224,7 +224,8 @@ import Testing
                     } catch { return .failure(error) }
                 }.get()
             } catch { break }
-            usleep(50_000)
+            // In all longer than the idle limit and four times the downtime limit.
+            usleep(125_000)
         }
         #expect(throws: MigrationError.tooSlow("waiting for pair")) { try worker.join().get() }
         #expect(guest.isRunning && frames > 0)
