@@ -107,27 +107,21 @@ final class RunningGuest: Sendable {
                 try current().pressPowerButton()
                 break
             }
-            // The flag before the look: a guest that reboots at this moment is in another machine a moment later.
-            let (stopWaiting, source) = state.withLock { state -> ((@Sendable () -> Void)?, MigrationSource?) in
-                let source = state.goesToFile ? nil : state.source
-                if source == nil { state.isStopping = true }
-                return (state.stopWaiting, source)
+            // The guest is to end, and nowhere to go on.
+            if let source = state.withLock({ $0.goesToFile ? nil : $0.source }), !source.cancel() {
+                throw Complaint("too late: the destination was told to take the guest; stop it there")
             }
-            if let source {
-                // The guest is to end, and nowhere to go on.
-                guard source.cancel() else {
-                    throw Complaint("too late: the destination was told to take the guest; stop it there")
-                }
-                state.withLock { $0.isStopping = true }
-            }
-            if let stopWaiting {
-                peer.send(JSON.line(ControlReply(done: true)))
-                stopWaiting()
-                return
-            }
-            let machine = try current()
+            if state.withLock({ $0.stopWaiting == nil }) { _ = try current() }
+            // Before the flag: a guest that reboots at this moment ends the process as soon as it sees that.
             peer.send(JSON.line(ControlReply(done: true)))
-            machine.end(.stopped)
+            // And the flag before the look: it is in another machine a moment later.
+            let (stopWaiting, source, machine) = state.withLock { state in
+                state.isStopping = true
+                return (state.stopWaiting, state.goesToFile ? nil : state.source, state.machine)
+            }
+            source?.cancel()
+            stopWaiting?()
+            machine?.end(.stopped)
             return
         case .pause:
             try withoutMigration("pausing") { machine throws in
