@@ -18,11 +18,12 @@ func perform(echo: Bool, _ body: (Stage) throws(Failure) -> Bool) -> Never {
         exit(good ? 0 : 1)
     } catch {
         stage.close()
-        say("failed: \(error)")
-        for child in stage.children where !child.lines.isEmpty {
+        // Clients that were answered have nothing to add. The reason comes last, where who reads a log looks first.
+        for child in stage.children where !child.lines.isEmpty && child.status != 0 {
             say("--- \(child.name), its last lines (status \(child.status ?? -1)):")
             for line in child.lines.suffix(15) { say("    \(line)") }
         }
+        say("failed: \(error)")
         exit(1)
     }
 }
