@@ -91,16 +91,21 @@ static bool lacuna_readmit(struct lacuna_balloon *vb, struct page *page)
 	return true;
 }
 
-/* The device knows of the pages that wait for it: they are the guest's. */
-static void lacuna_release_leaving(struct lacuna_balloon *vb)
+static void lacuna_release(struct lacuna_balloon *vb, struct list_head *pages)
 {
 	struct page *page, *next;
 
-	list_for_each_entry_safe(page, next, &vb->leaving, lru) {
+	list_for_each_entry_safe(page, next, pages, lru) {
 		list_del(&page->lru);
 		vb->nr_pages--;
 		lacuna_put(vb, page);
 	}
+}
+
+/* The device knows of the pages that wait for it: they are the guest's. */
+static void lacuna_release_leaving(struct lacuna_balloon *vb)
+{
+	lacuna_release(vb, &vb->leaving);
 	if (vb->limbo) {
 		vb->nr_pages--;
 		lacuna_put(vb, vb->limbo);
@@ -120,6 +125,7 @@ static bool lacuna_broken(struct lacuna_balloon *vb)
  */
 static bool lacuna_ready(struct lacuna_balloon *vb)
 {
+	struct page *page, *next;
 	bool used = false;
 
 	if (READ_ONCE(vb->dead) || lacuna_broken(vb))
@@ -140,6 +146,13 @@ static bool lacuna_ready(struct lacuna_balloon *vb)
 		if (!lacuna_readmit(vb, vb->limbo))
 			return false;
 		vb->limbo = NULL;
+	}
+	list_for_each_entry_safe(page, next, &vb->untold, lru) {
+		list_del(&page->lru);
+		if (!lacuna_readmit(vb, page)) {
+			list_add(&page->lru, &vb->untold);
+			return false;
+		}
 	}
 	return true;
 }
@@ -260,8 +273,12 @@ static unsigned int lacuna_deflate(struct lacuna_balloon *vb, u64 count)
 			list_splice_init(&pages, &vb->leaving);
 			given = 0;
 		} else if (err && !READ_ONCE(vb->dead)) {
-			/* Not told, so not ours yet. */
-			balloon_page_list_enqueue(&vb->balloon, &pages);
+			/*
+			 * Not told, so not ours yet. Compaction may have one
+			 * of them locked at this moment: they go back into the
+			 * balloon before it is next used.
+			 */
+			list_splice_init(&pages, &vb->untold);
 			given = 0;
 		}
 	}
@@ -401,6 +418,7 @@ void lacuna_balloon_init(struct lacuna_balloon *vb)
 	INIT_DELAYED_WORK(&vb->size_work, lacuna_size_work);
 	mutex_init(&vb->balloon_lock);
 	INIT_LIST_HEAD(&vb->leaving);
+	INIT_LIST_HEAD(&vb->untold);
 	balloon_devinfo_init(&vb->balloon);
 #ifdef CONFIG_BALLOON_COMPACTION
 	vb->balloon.migratepage = lacuna_migrate_page;
@@ -428,12 +446,13 @@ void lacuna_balloon_release(struct lacuna_balloon *vb)
  */
 void lacuna_balloon_empty(struct lacuna_balloon *vb)
 {
-	if (READ_ONCE(vb->dead)) {
-		mutex_lock(&vb->balloon_lock);
-		lacuna_release_leaving(vb);
-		mutex_unlock(&vb->balloon_lock);
-	}
 	while (vb->nr_pages) {
+		if (READ_ONCE(vb->dead)) {
+			mutex_lock(&vb->balloon_lock);
+			lacuna_release_leaving(vb);
+			lacuna_release(vb, &vb->untold);
+			mutex_unlock(&vb->balloon_lock);
+		}
 		if (lacuna_deflate(vb, vb->nr_pages))
 			continue;
 		if (!READ_ONCE(vb->dead))

@@ -127,10 +127,11 @@ struct lacuna_balloon {
 	struct virtqueue *owing;		/* still has pfns, long overdue */
 	/*
 	 * Pages that left the list and are still in the balloon for the
-	 * device: those of a deflate buffer that it owes, and the one that
-	 * compaction replaced.
+	 * device: those of a deflate buffer that it owes, those of one that
+	 * could not be sent, and the one that compaction replaced.
 	 */
 	struct list_head leaving;
+	struct list_head untold;
 	struct page *limbo;
 	struct notifier_block oom;
 

@@ -33,13 +33,11 @@ case_oom()
 	inflate $want 120
 	[ "$(meminfo MemTotal)" = $total ] || fail "MemTotal changed"
 	# What is left, and a third of what the balloon took.
-	dd if=/dev/zero of=/tmp/fill bs=1M \
-		count=$((($(meminfo MemFree) + want * 4 / 3) / 1024)) \
-		2>/dev/null || fail "dd"
+	use_memory $((($(meminfo MemFree) + want * 4 / 3) / 1024))
 	left=$(($(vmstat balloon_inflate) - $(vmstat balloon_deflate)))
 	[ "$(vmstat oom_kill)" = "$killed" ] || fail "somebody was killed"
 	echo 0 > $params/target
-	rm /tmp/fill
+	give_memory_back
 	wait_for 60 target_is 0 || fail "$(cat $params/target)"
 	note "$want pages wanted, $left left"
 	[ $left -lt $want ] || fail "nothing was deflated: $left"
@@ -137,9 +135,8 @@ case_hints()
 	[ "$(free_pages)" -lt $((free / 2)) ] || fail "nothing is held"
 	# Whoever needs memory gets it.
 	killed=$(vmstat oom_kill)
-	dd if=/dev/zero of=/tmp/fill bs=1M count=$((free / 256 / 2)) \
-		2>/dev/null || fail dd
-	rm /tmp/fill
+	use_memory $((free / 256 / 2))
+	give_memory_back
 	[ "$(vmstat oom_kill)" = "$killed" ] || fail "somebody was killed"
 	echo 1 > $params/hint
 	wait_for 10 released || fail "$(figure hint_blocks) blocks are held"

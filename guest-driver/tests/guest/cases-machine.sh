@@ -110,7 +110,44 @@ case_hotplug()
 	[ -z "$(movable_blocks)" ] || fail "left: $(movable_blocks)"
 	shrunk=$(($(value pages "$report") - before))
 	[ $shrunk -lt 8192 ] || fail "$shrunk pages of what was taken off"
+	# Once more with something on a CPU's lists: as long as a walk is on them
+	# the zone has to stay.
+	block=${blocks##* }
+	echo online_movable > $block/state || fail "$block does not come back"
+	for cpu in 4 5 6 7; do
+		taskset -c $cpu dd if=/dev/zero of=/tmp/fill bs=64k count=64 2> /dev/null
+		rm /tmp/fill
+	done
+	# Nothing else in the trace, so that to look takes no time.
+	batch=lacuna_batch:
+	echo 'zone == "Movable" && cpu >= 0' > $trace_dir/events/lacuna_balloon/lacuna_batch/filter ||
+		fail "no filter"
+	trace batch
+	echo 4 > /sys/module/lacuna_balloon/parameters/batch
+	echo 3000 > /sys/module/lacuna_balloon/parameters/pause_us
+	echo 99$id > $params/request
+	wait_for 120 traced $batch || fail "no page on a CPU's lists there"
+	echo 5000000 > /sys/module/lacuna_balloon/parameters/pause_us
+	# The pause after the next batch is a long one.
+	seen=$(batches)
+	wait_for 60 more_batches || fail "the walk does not go on"
+	seen=$(batches)
+	echo offline > $block/state || fail "$block stays"
+	more_batches || fail "the zone went with a walk on its lists"
+	echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
+	wait_for 60 answered 99$id || fail "no report of that walk"
+	[ -z "$(movable_blocks)" ] || fail "left: $(movable_blocks)"
 	note "$nodes nodes, $grown pages more, $shrunk after offlining"
+}
+
+batches()
+{
+	grep -c $batch $trace_dir/trace
+}
+
+more_batches()
+{
+	[ "$(batches)" -gt $seen ]
 }
 
 # What can be taken off again.

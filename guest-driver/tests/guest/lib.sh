@@ -151,6 +151,23 @@ fill_and_free()
 	rm -f /tmp/fill
 }
 
+# use_memory MIB: in a file, until give_memory_back. The root, half of memory at
+# most, may have no room for it.
+use_memory()
+{
+	mkdir -p /fill
+	mount -t tmpfs -o size=100% fill /fill || fail "no tmpfs"
+	dd if=/dev/zero of=/fill/file bs=1M count="$1" 2> /tmp/dd || {
+		umount /fill
+		fail "dd: $(cat /tmp/dd)"
+	}
+}
+
+give_memory_back()
+{
+	umount /fill
+}
+
 load_driver()
 {
 	insmod "/modules/lacuna_balloon.ko" "$@" || fail "insmod lacuna_balloon"
