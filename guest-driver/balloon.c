@@ -280,6 +280,9 @@ static unsigned int lacuna_deflate(struct lacuna_balloon *vb, u64 count)
 			 */
 			list_splice_init(&pages, &vb->untold);
 			given = 0;
+			if (!READ_ONCE(vb->stopping))
+				queue_delayed_work(vb->wq, &vb->size_work,
+						   LACUNA_RETRY);
 		}
 	}
 	vb->nr_pages -= given;

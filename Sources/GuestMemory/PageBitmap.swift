@@ -177,10 +177,14 @@ internal import CLinux
         _ body: (UnsafeBufferPointer<UInt64>) throws -> Result
     ) rethrows -> Result { unsafe try body(UnsafeBufferPointer(start: storage, count: wordCount)) }
 
-    /// False if all 64 words from `64 * block` on are clear.
-    public func mayHaveBits(inBlock block: Int) -> Bool {
-        precondition(block >= 0 && block < summaryCount)
-        return unsafe summary[block] != 0
+    /// How far the blocks of 64 words from `block` on, and before `end`, are alike: each without a bit, or each perhaps with
+    /// some.
+    public func stretch(fromBlock block: Int, before end: Int) -> (mayHaveBits: Bool, end: Int) {
+        precondition(block >= 0 && block < end && end <= summaryCount)
+        let mayHaveBits = unsafe summary[block] != 0
+        var next = block + 1
+        while next < end, unsafe (summary[next] != 0) == mayHaveBits { next += 1 }
+        return (mayHaveBits, next)
     }
 
     // MARK: At the same time as others

@@ -77,16 +77,10 @@ final class PluginWindow: Sendable {
                 // Words line up. Blocks of 64 words without a bit are passed over.
                 let offset = firstFrame / 64, run = max(0, min(whole, mask.count - offset))
                 while index < run {
-                    let block = (offset + index) / 64
-                    var next = min((block + 1) * 64 - offset, run)
-                    if free.mayHaveBits(inBlock: block) {
-                        // As many full blocks as follow one another, in one go.
-                        while next < run, free.mayHaveBits(inBlock: (offset + next) / 64) {
-                            next = min(next + 64, run)
-                        }
-                        if let base = mask.baseAddress {
-                            unsafe count += subtract(base + offset + index, at: index, next - index)
-                        }
+                    let stretch = free.stretch(fromBlock: (offset + index) / 64, before: (offset + run + 63) / 64)
+                    let next = min(stretch.end * 64 - offset, run)
+                    if stretch.mayHaveBits, let base = mask.baseAddress {
+                        unsafe count += subtract(base + offset + index, at: index, next - index)
                     }
                     index = next
                 }

@@ -18,8 +18,9 @@ func perform(echo: Bool, _ body: (Stage) throws(Failure) -> Bool) -> Never {
         exit(good ? 0 : 1)
     } catch {
         stage.close()
-        // Clients that were answered have nothing to add. The reason comes last, where who reads a log looks first.
-        for child in stage.children where !child.lines.isEmpty && child.status != 0 {
+        // Clients that were answered, named by their command, have nothing to add. The reason comes last, where who reads
+        // a log looks first.
+        for child in stage.children where !child.lines.isEmpty && (child.status != 0 || !child.name.hasPrefix("./")) {
             say("--- \(child.name), its last lines (status \(child.status ?? -1)):")
             for line in child.lines.suffix(15) { say("    \(line)") }
         }

@@ -7,6 +7,7 @@
  *	stats		write anything to ask; reads as "tag=value" of the last
  *	hint		write a free page hint command id; reads as its figures
  *	kept		reads as the buffers of each queue that are not used
+ *	break_queue	write the number of a queue that is broken from then on
  *	suspend		write to take the driver through freeze and restore
  *	replug		write to take the device away and bring it back
  */
@@ -158,6 +159,19 @@ static int kept_get(char *buffer, const struct kernel_param *kp)
 			 READ_ONCE(device->kept[VQ_BITMAP]));
 }
 
+static int break_set(const char *value, const struct kernel_param *kp)
+{
+	u32 queue;
+	int err = kstrtou32(value, 0, &queue);
+
+	if (err || !device)
+		return err ? err : -ENODEV;
+	if (queue >= MAX_VQS || !device->queues[queue].vq)
+		return -EINVAL;
+	__virtqueue_break(device->queues[queue].vq);
+	return 0;
+}
+
 static int suspend_set(const char *value, const struct kernel_param *kp)
 {
 	int err;
@@ -191,5 +205,6 @@ SYSFS_PARAMETER(target, 0644, target_set, target_get);
 SYSFS_PARAMETER(stats, 0644, stats_set, stats_get);
 SYSFS_PARAMETER(hint, 0644, hint_set, hint_get);
 SYSFS_PARAMETER(kept, 0444, NULL, kept_get);
+SYSFS_PARAMETER(break_queue, 0200, break_set, NULL);
 SYSFS_PARAMETER(suspend, 0200, suspend_set, NULL);
 SYSFS_PARAMETER(replug, 0200, replug_set, NULL);

@@ -156,6 +156,30 @@ case_balloon_kept()
 	inflate 500
 }
 
+# The deflate queue breaks while the driver waits for the device to have read
+# what is in it.
+case_broken_queue()
+{
+	load_device features=0x1
+	load_driver
+	inflate 1000
+	total=$(meminfo MemTotal)
+	echo 2 > $params/keep
+	echo 0 > $params/target
+	wait_for 30 keeps deflate 1 || fail "no deflate buffer"
+	echo 1 > $params/break_queue || fail "cannot break it"
+	# What the interrupts of a report wake looks at its queue once more.
+	ask 2
+	[ "$(figure balloon_pages)" = 1000 ] ||
+		fail "$(figure balloon_pages) pages, and the device was not told"
+	within 15 rmmod lacuna_balloon
+	[ "$(meminfo MemTotal)" = $((total + 4000)) ] ||
+		fail "MemTotal $total, then $(meminfo MemTotal) kB"
+	echo 0 > $params/keep
+	load_driver
+	inflate 500
+}
+
 # Compaction moves a page and the device does not say that it knows. It still
 # counts the old one as its own, so the guest must not use it before the device
 # was told.
