@@ -254,10 +254,15 @@ private func deflateOnOOM(_ stage: Stage, _ kernel: GuestKernel) throws(Failure)
     let size = mib(during.bytes("MemFree")) + 48
     try stage.type(guest, "mount -t tmpfs -o size=100% tmpfs /tmp; dd if=/dev/urandom of=/tmp/f bs=1M count=\(size); wc -c < /tmp/f | sed s/^/SIZE-IS-/")
     try stage.wait(guest.child, for: "SIZE-IS-\(size << 20)", seconds: patience)
-    let after = try stage.view(guest), status = try stage.status(guest)
+    // The guest counts a page when it takes it, the device when it is told; compaction goes on meanwhile.
+    var after = try stage.view(guest), status = try stage.status(guest)
+    try stage.until("the guest's and the device's counts agree") { () throws(Failure) in
+        (after, status) = (try stage.view(guest), try stage.status(guest))
+        return status.counters.deflatedPages == after["balloon_deflate"] && status.actualBytes == status.inflatedBytes
+    }
     say("\(size) MiB needed with \(mib(during.bytes("MemFree"))) MiB free: the balloon went from \(mib(full.actualBytes)) to \(mib(status.actualBytes)) MiB")
     try expect(after["oom_kill"] == 0, "\(after["oom_kill"]) processes were killed")
-    try expect(after["balloon_deflate"] > 0 && status.counters.deflatedPages == after["balloon_deflate"], "balloon_deflate \(after["balloon_deflate"])")
+    try expect(after["balloon_deflate"] > 0, "nothing was deflated")
     try expect(status.actualBytes < full.actualBytes && status.actualBytes == status.inflatedBytes, "the balloon holds \(status.inflatedBytes) and says \(status.actualBytes)")
     try expect(try stage.resident(guest) > residentFull, "the VMM's memory did not grow with the guest's")
     try expect(status.counters.faults == 0, "faults: \(status.counters)")
@@ -313,7 +318,8 @@ private func migrateInTheMiddle(_ stage: Stage, _ kernel: GuestKernel) throws(Fa
     try expect(report.skippedPages >= 256 << 8, "\(report.skippedPages) pages skipped, fewer than the balloon has")
     // The host's huge pages that the guest's own pages came into held some of the balloon's, too: they go back.
     try stage.until("resident memory at the destination below 320 MiB") { () throws(Failure) in try stage.resident(next) < 320 << 20 }
-    try expect(try stage.status(next).inflatedBytes == 256 << 20, "the balloon was lost")
+    // Compaction gives a page before it takes one.
+    try stage.until("256 MiB in the balloon") { () throws(Failure) in try stage.status(next).inflatedBytes == 256 << 20 }
     let empty = try stage.balloon(next, Status.self, "set", "--size", "0", "--wait", "200000")
     try expect(empty.counters.faults == 0 && empty.inflatedBytes == 0, "faults: \(empty.counters)")
     try expect(try stage.view(next).bytes("MemTotal") == total, "MemTotal did not come back")
