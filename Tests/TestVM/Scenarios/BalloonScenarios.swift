@@ -124,6 +124,17 @@ extension Stage {
         throw Failure("\(guest.child.name) has no VmRSS")
     }
 
+    /// The device's view, as soon as the driver says what its lists said. In between the two differ: the driver tells of
+    /// pages first and of their number then, and compaction gives a page before it takes one.
+    fileprivate func settled(_ guest: Guest) throws(Failure) -> Status {
+        var status = try status(guest)
+        try until("the balloon's pages and their number agree") { () throws(Failure) in
+            if status.actualBytes != status.inflatedBytes { status = try self.status(guest) }
+            return status.actualBytes == status.inflatedBytes
+        }
+        return status
+    }
+
     /// Asks again until `done`; the answers take their time.
     fileprivate func until(_ what: String, _ done: () throws(Failure) -> Bool) throws(Failure) {
         let limit = now() + patience
@@ -143,12 +154,15 @@ private func inflateAndDeflate(_ stage: Stage, _ kernel: GuestKernel) throws(Fai
     let size = 768 << 20
     let (before, residentBefore) = (try stage.view(guest), try stage.resident(guest))
     var start = now()
-    let full = try stage.balloon(guest, Status.self, "set", "--size", "768M", "--wait", "200000")
+    _ = try stage.balloon(guest, Status.self, "set", "--size", "768M", "--wait", "200000")
     let inflating = now() - start
+    let full = try stage.settled(guest)
     let (during, residentDuring) = (try stage.view(guest), try stage.resident(guest))
     say("inflated 768 MiB in \(Int(inflating * 1000)) ms: resident \(mib(residentBefore)) -> \(mib(residentDuring)) MiB, \(full.counters.releases) releases")
     try expect(full.actualBytes == size && full.inflatedBytes == size, "the balloon holds \(full.inflatedBytes) and says \(full.actualBytes)")
-    try expect(full.counters.releasedPages == size >> 12, "\(full.counters.releasedPages) pages were released")
+    // Each page that compaction has moved was released where it went.
+    let least = size >> 12, most = least + during["balloon_migrate"]
+    try expect((least...most).contains(full.counters.releasedPages), "\(full.counters.releasedPages) pages were released, not \(least) to \(most)")
     try expect(residentBefore - residentDuring >= size / 100 * 95, "resident memory fell by \(mib(residentBefore - residentDuring)) MiB only")
     try expect(before.bytes("MemTotal") - during.bytes("MemTotal") == size, "MemTotal \(before.bytes("MemTotal")) -> \(during.bytes("MemTotal"))")
     try expect(before.bytes("MemFree") - during.bytes("MemFree") > size / 100 * 90, "MemFree \(before.bytes("MemFree")) -> \(during.bytes("MemFree"))")
@@ -254,16 +268,18 @@ private func deflateOnOOM(_ stage: Stage, _ kernel: GuestKernel) throws(Failure)
     let size = mib(during.bytes("MemFree")) + 48
     try stage.type(guest, "mount -t tmpfs -o size=100% tmpfs /tmp; dd if=/dev/urandom of=/tmp/f bs=1M count=\(size); wc -c < /tmp/f | sed s/^/SIZE-IS-/")
     try stage.wait(guest.child, for: "SIZE-IS-\(size << 20)", seconds: patience)
-    // The guest counts a page when it takes it, the device when it is told; compaction goes on meanwhile.
-    var after = try stage.view(guest), status = try stage.status(guest)
+    // The guest counts a page when it takes it, the device when it is told. Of a page that compaction moves the device is
+    // told twice, that it came and that it went; the guest counts it once, and apart from the others.
+    var after = try stage.view(guest), status = try stage.settled(guest)
     try stage.until("the guest's and the device's counts agree") { () throws(Failure) in
-        (after, status) = (try stage.view(guest), try stage.status(guest))
-        return status.counters.deflatedPages == after["balloon_deflate"] && status.actualBytes == status.inflatedBytes
+        (after, status) = (try stage.view(guest), try stage.settled(guest))
+        return status.counters.inflatedPages == after["balloon_inflate"] + after["balloon_migrate"]
+            && status.counters.deflatedPages == after["balloon_deflate"] + after["balloon_migrate"]
     }
-    say("\(size) MiB needed with \(mib(during.bytes("MemFree"))) MiB free: the balloon went from \(mib(full.actualBytes)) to \(mib(status.actualBytes)) MiB")
+    say("\(size) MiB needed with \(mib(during.bytes("MemFree"))) MiB free: the balloon went from \(mib(full.actualBytes)) to \(mib(status.actualBytes)) MiB, \(after["balloon_migrate"]) pages moved")
     try expect(after["oom_kill"] == 0, "\(after["oom_kill"]) processes were killed")
     try expect(after["balloon_deflate"] > 0, "nothing was deflated")
-    try expect(status.actualBytes < full.actualBytes && status.actualBytes == status.inflatedBytes, "the balloon holds \(status.inflatedBytes) and says \(status.actualBytes)")
+    try expect(status.actualBytes < full.actualBytes, "the balloon still holds \(status.inflatedBytes)")
     try expect(try stage.resident(guest) > residentFull, "the VMM's memory did not grow with the guest's")
     try expect(status.counters.faults == 0, "faults: \(status.counters)")
     try stage.checkConsole(guest)
@@ -303,7 +319,7 @@ private func migrateInTheMiddle(_ stage: Stage, _ kernel: GuestKernel) throws(Fa
     let arrived = try stage.status(destination)
     say("arrived with \(mib(arrived.actualBytes)) MiB of 256 in the balloon")
     try stage.until("the rest of the inflate") { () throws(Failure) in try stage.status(destination).actualBytes == 256 << 20 }
-    let full = try stage.status(destination)
+    let full = try stage.settled(destination)
     try expect(full.inflatedBytes == 256 << 20 && full.counters.faults == 0, "the balloon holds \(full.inflatedBytes): \(full.counters)")
     try expect(total - (try stage.view(destination).bytes("MemTotal")) == 256 << 20, "MemTotal does not show the balloon")
     try stage.until("polling at the destination") { () throws(Failure) in
@@ -318,8 +334,8 @@ private func migrateInTheMiddle(_ stage: Stage, _ kernel: GuestKernel) throws(Fa
     try expect(report.skippedPages >= 256 << 8, "\(report.skippedPages) pages skipped, fewer than the balloon has")
     // The host's huge pages that the guest's own pages came into held some of the balloon's, too: they go back.
     try stage.until("resident memory at the destination below 320 MiB") { () throws(Failure) in try stage.resident(next) < 320 << 20 }
-    // Compaction gives a page before it takes one.
-    try stage.until("256 MiB in the balloon") { () throws(Failure) in try stage.status(next).inflatedBytes == 256 << 20 }
+    let moved = try stage.settled(next)
+    try expect(moved.inflatedBytes == 256 << 20, "the balloon was lost: it holds \(moved.inflatedBytes)")
     let empty = try stage.balloon(next, Status.self, "set", "--size", "0", "--wait", "200000")
     try expect(empty.counters.faults == 0 && empty.inflatedBytes == 0, "faults: \(empty.counters)")
     try expect(try stage.view(next).bytes("MemTotal") == total, "MemTotal did not come back")
