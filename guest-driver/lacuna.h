@@ -189,9 +189,19 @@ static inline bool lacuna_has(struct lacuna_balloon *vb, unsigned int feature)
 	return virtio_has_feature(vb->vdev, feature);
 }
 
-/* main.c */
-bool lacuna_returned(struct lacuna_balloon *vb, struct virtqueue *vq,
-		     bool *used);
+/*
+ * Has the device used the one buffer of @vq, or will it never? The vq's user
+ * sees to it that there are not two of these at once for one queue.
+ */
+static inline bool lacuna_returned(struct lacuna_balloon *vb,
+				   struct virtqueue *vq, bool *used)
+{
+	unsigned int len;
+
+	if (virtqueue_get_buf(vq, &len))
+		*used = true;
+	return *used || virtqueue_is_broken(vq) || READ_ONCE(vb->dead);
+}
 
 /* report.c */
 void lacuna_report_init(struct lacuna_balloon *vb);

@@ -17,20 +17,6 @@
 
 #include "lacuna.h"
 
-/*
- * Has the device used the one buffer of @vq, or will it never? The vq's user
- * sees to it that there are not two of these at once for one queue.
- */
-bool lacuna_returned(struct lacuna_balloon *vb, struct virtqueue *vq,
-		     bool *used)
-{
-	unsigned int len;
-
-	if (virtqueue_get_buf(vq, &len))
-		*used = true;
-	return *used || virtqueue_is_broken(vq) || READ_ONCE(vb->dead);
-}
-
 /* ---- interrupt context ---- */
 
 static void lacuna_used(struct virtqueue *vq)

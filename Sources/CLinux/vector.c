@@ -177,9 +177,15 @@ bool lacuna_take_and(uint64_t *target, const uint64_t *a, const uint64_t *b, uin
 }
 
 size_t lacuna_and_not(uint64_t *target, const uint64_t *mask, size_t words) {
+    // What the caller's malloc() gave begins behind a header, and each store would touch two cache lines.
+    size_t head = (64 - (uintptr_t)target % 64) % 64 / sizeof *target;
+    if (head > words)
+        head = words;
+    size_t cleared = and_not_plain(target, mask, head);
+    target += head, mask += head, words -= head;
     switch (level()) {
-    case level_avx512: return and_not_avx512(target, mask, words);
-    case level_avx2: return and_not_avx2(target, mask, words);
-    default: return and_not_plain(target, mask, words);
+    case level_avx512: return cleared + and_not_avx512(target, mask, words);
+    case level_avx2: return cleared + and_not_avx2(target, mask, words);
+    default: return cleared + and_not_plain(target, mask, words);
     }
 }

@@ -54,4 +54,34 @@ import Testing
             #expect(count == (0..<words).reduce(0) { $0 + (left[$1] & b.word($1)).nonzeroBitCount })
         }
     }
+
+    /// A caller's bitmap begins anywhere within a cache line, and what lies beside it is the caller's.
+    @Test func clearingBeginsAnywhere() {
+        var random = SystemRandomNumberGenerator()
+        let room = 96
+        let target = UnsafeMutableRawPointer.allocate(byteCount: room * 8, alignment: 64).bindMemory(to: UInt64.self, capacity: room)
+        let mask = UnsafeMutableRawPointer.allocate(byteCount: room * 8, alignment: 64).bindMemory(to: UInt64.self, capacity: room)
+        defer {
+            target.deallocate()
+            mask.deallocate()
+        }
+        for start in 0..<9 {
+            for other in 0..<9 {
+                for words in [0, 1, 3, 7, 8, 9, 15, 64, 70] {
+                    for index in 0..<room {
+                        target[index] = random.next()
+                        mask[index] = random.next()
+                    }
+                    let before = (0..<room).map { target[$0] }
+                    let count = lacuna_and_not(target + start, mask + other, words)
+                    var expected = before, cleared = 0
+                    for index in 0..<words {
+                        expected[start + index] &= ~mask[other + index]
+                        cleared += (before[start + index] & mask[other + index]).nonzeroBitCount
+                    }
+                    #expect(count == cleared && (0..<room).map { target[$0] } == expected, "\(words) words from \(start) and \(other)")
+                }
+            }
+        }
+    }
 }

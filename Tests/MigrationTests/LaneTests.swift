@@ -179,7 +179,11 @@ import Testing
         let switchboard = Switchboard { number throws(MigrationError) in
             number == lane ? (line.near, line.far) : try ByteChannel.pair()
         }
-        let ends = try migrate(source, to: MigrationReceiver(guest: place), through: switchboard)
+        // The source's limit, as with the commands: a connection that broke unheard after the source had written
+        // everything is missed by the destination alone, which says so before the source gives up waiting.
+        var patience = ReceiverOptions()
+        patience.idleTimeoutMilliseconds = 10_000
+        let ends = try migrate(source, to: MigrationReceiver(guest: place, options: patience), through: switchboard)
         line.end()
         defer {
             try? guest.pause()

@@ -10,6 +10,7 @@ let hostTroubleScenarios: [Scenario] = [
     Scenario(name: "reboot-in-migration", memory: 2560, limit: 600, isQuick: false, body: rebootDuringMigration),
     Scenario(name: "reboot-hugepages", memory: 2560, limit: 600, isQuick: false, body: rebootHugePages),
     Scenario(name: "no-threads", memory: 2560, limit: 600, isQuick: false, body: noThreads),
+    Scenario(name: "frozen-vcpu", memory: 2560, limit: 600, isQuick: false, body: frozenVCPU),
 ]
 
 extension Stage {
@@ -26,6 +27,27 @@ extension Stage {
             let kb = line.split(whereSeparator: { $0 == " " || $0 == "\t" }).dropFirst().first.flatMap({ Int($0) })
         else { throw Failure("\(guest.child.name) has no VmRSS") }
         return kb << 10
+    }
+
+    /// Stops one thread of a VMM as the host's freezer does, or lets it go on.
+    fileprivate func freeze(_ guest: Guest, thread name: String, _ isFrozen: Bool) throws(Failure) {
+        let tasks = "/proc/\(guest.child.pid)/task"
+        let threads = ((try? FileManager.default.contentsOfDirectory(atPath: tasks)) ?? []).filter {
+            FileManager.default.contents(atPath: "\(tasks)/\($0)/comm").map { String(decoding: $0, as: UTF8.self) } == "\(name)\n"
+        }
+        guard threads.count == 1, let thread = threads.first else { throw Failure("\(threads.count) threads are called \(name)") }
+        // The group outlives the mount. The kernel has version 1 of the interface, the only one that takes single threads.
+        let steps =
+            isFrozen
+            ? """
+                mkdir freezer/vcpu && echo \(thread) >freezer/vcpu/tasks && echo FROZEN >freezer/vcpu/freezer.state &&
+                until grep -q FROZEN freezer/vcpu/freezer.state; do usleep 10000; done
+                """
+            : "echo THAWED >freezer/vcpu/freezer.state && echo \(thread) >freezer/tasks && rmdir freezer/vcpu"
+        let shell = try run(
+            ["busybox", "unshare", "-m", "sh", "-c", "mkdir -p freezer && mount -t cgroup -o freezer none freezer && \(steps)"],
+            seconds: patience)
+        try expect(shell.status == 0, "the freezer: \(shell.text)")
     }
 
     /// Asks again until `done`; the answers take their time.
@@ -94,6 +116,54 @@ private func noThreads(_ stage: Stage) throws(Failure) {
     try expect(try stage.waitForEnd(narrow, seconds: 30) == 1, "the destination's status is \(narrow.status ?? -1): \(narrow.text)")
     try expect(try stage.isRunning(source), "the source does not run")
     try stage.verify(source, passes: 2)
+    let destination = try stage.receive("destination", at: "unix:channel")
+    _ = try stage.migrate(source, to: destination, at: "unix:channel", flags: ["--skip-free-pages", "--hint-timeout", "5000"])
+    try stage.verify(destination, passes: 9)
+    try stage.stop(destination)
+}
+
+/// The host does not let a vCPU's thread run. Whatever needs the guest to stand gives up after its limit, and the guest
+/// runs on where it was.
+private func frozenVCPU(_ stage: Stage) throws(Failure) {
+    // Its own watchdogs would be right to complain.
+    let source = try stage.boot(
+        "source", memory: "256M", cpus: 2, run: memcheckGuest, more: "nosoftlockup rcupdate.rcu_cpu_stall_suppress=1")
+    try stage.verify(source, passes: 1)
+    let complaint = "only 1 of 2 vCPUs stopped within 10 s"
+    func gaveUp(_ client: Child, since start: Double) throws(Failure) {
+        let took = now() - start
+        try expect(client.status == 1 && client.text.contains(complaint), "status \(client.status ?? -1): \(client.text)")
+        try expect(took > 9 && took < 60, "that took \(took) s")
+        try expect(try stage.isRunning(source), "the source does not run")
+    }
+    try stage.freeze(source, thread: "vcpu1", true)
+    let start = now()
+    try gaveUp(try stage.run(["./lacuna", "pause", "--control", source.control], seconds: patience), since: start)
+    try stage.freeze(source, thread: "vcpu1", false)
+    try stage.verify(source, passes: 2)
+    try expect(try stage.run(["./lacuna", "pause", "--control", source.control], seconds: patience).status == 0, "no pause afterwards")
+    try expect(try stage.run(["./lacuna", "resume", "--control", source.control]).status == 0, "no resume")
+
+    // A migration comes to that point with everything sent.
+    let first = try stage.receive("first", at: "unix:first")
+    let client = try stage.start(
+        "migrate",
+        ["./lacuna", "migrate", "--control", source.control, "--to", "unix:first", "--skip-free-pages", "--hint-timeout", "5000",
+         "--pause-before-switch-over"])
+    try stage.ask("a migration that waits") { () throws(Failure) in
+        try expect(client.status == nil, "the migration ended by itself: \(client.text)")
+        return try stage.run(["./lacuna", "migrate", "--status", "--control", source.control]).text.contains("\"waiting\"")
+    }
+    try stage.freeze(source, thread: "vcpu1", true)
+    let again = now()
+    try expect(try stage.run(["./lacuna", "switch-over", "--control", source.control]).status == 0, "switch-over failed")
+    _ = try stage.waitForEnd(client, seconds: patience)
+    try gaveUp(client, since: again)
+    try expect(try stage.waitForEnd(first.child, seconds: 60) != 0, "the destination lives on")
+    try expect(first.child.text.contains(complaint), "the destination does not say why: \(first.child.text)")
+    try stage.freeze(source, thread: "vcpu1", false)
+    try stage.verify(source, passes: 2)
+
     let destination = try stage.receive("destination", at: "unix:channel")
     _ = try stage.migrate(source, to: destination, at: "unix:channel", flags: ["--skip-free-pages", "--hint-timeout", "5000"])
     try stage.verify(destination, passes: 9)

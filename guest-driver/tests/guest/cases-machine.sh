@@ -99,7 +99,7 @@ case_hotplug()
 	blocks=$(movable_blocks)
 	for block in $blocks; do
 		if [ "$block" = "${blocks##* }" ]; then
-			offline_in_walk $block "node=$((nodes - 1)) .* cpu=-1" 100000
+			offline_in_walk $block "node=$((nodes - 1)) .* cpu=-1" 5000000
 			[ "$ended" = no ] || fail "$block went after the walk"
 		else
 			offline_in_walk $block 'cpu=[0-9]' 2000
