@@ -29,8 +29,20 @@ extension Stage {
         return kb << 10
     }
 
-    /// Stops one thread of a VMM as the host's freezer does, or lets it go on.
-    fileprivate func freeze(_ guest: Guest, thread name: String, _ isFrozen: Bool) throws(Failure) {
+    /// Does `body` while the host's freezer holds one thread of a VMM. The thread goes on however that ends: not even
+    /// SIGKILL reaches one that is frozen.
+    fileprivate func freezing(_ guest: Guest, thread name: String, _ body: () throws(Failure) -> Void) throws(Failure) {
+        do throws(Failure) {
+            try freeze(guest, thread: name, true)
+            try body()
+        } catch {
+            try? freeze(guest, thread: name, false)
+            throw error
+        }
+        try freeze(guest, thread: name, false)
+    }
+
+    private func freeze(_ guest: Guest, thread name: String, _ isFrozen: Bool) throws(Failure) {
         let tasks = "/proc/\(guest.child.pid)/task"
         let threads = ((try? FileManager.default.contentsOfDirectory(atPath: tasks)) ?? []).filter {
             FileManager.default.contents(atPath: "\(tasks)/\($0)/comm").map { String(decoding: $0, as: UTF8.self) } == "\(name)\n"
@@ -136,10 +148,10 @@ private func frozenVCPU(_ stage: Stage) throws(Failure) {
         try expect(took > 9 && took < 60, "that took \(took) s")
         try expect(try stage.isRunning(source), "the source does not run")
     }
-    try stage.freeze(source, thread: "vcpu1", true)
-    let start = now()
-    try gaveUp(try stage.run(["./lacuna", "pause", "--control", source.control], seconds: patience), since: start)
-    try stage.freeze(source, thread: "vcpu1", false)
+    try stage.freezing(source, thread: "vcpu1") { () throws(Failure) in
+        let start = now()
+        try gaveUp(try stage.run(["./lacuna", "pause", "--control", source.control], seconds: patience), since: start)
+    }
     try stage.verify(source, passes: 2)
     try expect(try stage.run(["./lacuna", "pause", "--control", source.control], seconds: patience).status == 0, "no pause afterwards")
     try expect(try stage.run(["./lacuna", "resume", "--control", source.control]).status == 0, "no resume")
@@ -154,14 +166,14 @@ private func frozenVCPU(_ stage: Stage) throws(Failure) {
         try expect(client.status == nil, "the migration ended by itself: \(client.text)")
         return try stage.run(["./lacuna", "migrate", "--status", "--control", source.control]).text.contains("\"waiting\"")
     }
-    try stage.freeze(source, thread: "vcpu1", true)
-    let again = now()
-    try expect(try stage.run(["./lacuna", "switch-over", "--control", source.control]).status == 0, "switch-over failed")
-    _ = try stage.waitForEnd(client, seconds: patience)
-    try gaveUp(client, since: again)
-    try expect(try stage.waitForEnd(first.child, seconds: 60) != 0, "the destination lives on")
-    try expect(first.child.text.contains(complaint), "the destination does not say why: \(first.child.text)")
-    try stage.freeze(source, thread: "vcpu1", false)
+    try stage.freezing(source, thread: "vcpu1") { () throws(Failure) in
+        let start = now()
+        try expect(try stage.run(["./lacuna", "switch-over", "--control", source.control]).status == 0, "switch-over failed")
+        _ = try stage.waitForEnd(client, seconds: patience)
+        try gaveUp(client, since: start)
+        try expect(try stage.waitForEnd(first.child, seconds: 60) != 0, "the destination lives on")
+        try expect(first.child.text.contains(complaint), "the destination does not say why: \(first.child.text)")
+    }
     try stage.verify(source, passes: 2)
 
     let destination = try stage.receive("destination", at: "unix:channel")

@@ -224,17 +224,19 @@ reporting_holds=32768
 
 # check_complete [PERCENT [PAGES]]: the report in $report holds about what is
 # free, at least PERCENT. What the CPUs hold back is in it and not in the count;
-# the same may be true of so many PAGES more.
+# nor is what went or came while it was made, of which so many PAGES may be.
 check_complete()
 {
 	pages=$(value pages "$report")
 	echo "$held" >> /tmp/held
 	least=$(value free_before "$report")
 	after=$(value free_after "$report")
-	[ "$after" -lt "$least" ] && least=$after
+	moved=$((after - least))
+	[ "$after" -lt "$least" ] && least=$after && moved=$((-moved))
+	[ $moved -le "${2:-0}" ] || moved=${2:-0}
 	[ "$pages" -ge $((least * ${1:-97} / 100)) ] ||
 		fail "only $pages of $least free pages: $report"
-	[ "$pages" -le $((least + least / 20 + held + ${2:-0} + 1024)) ] ||
+	[ "$pages" -le $((least + least / 20 + held + moved + 1024)) ] ||
 		fail "$pages of $least free pages and $held held back: $report"
 }
 
