@@ -117,13 +117,13 @@ import Testing
         for page in guest.pages { guest.fill(page: page, seed: 1) }
         var options = quickOptions()
         options.pauseBeforeSwitchOver = true
-        options.idleTimeoutMilliseconds = 400
+        options.idleTimeoutMilliseconds = 1000
         var patience = ReceiverOptions()
-        patience.idleTimeoutMilliseconds = 400
+        patience.idleTimeoutMilliseconds = 1000
         let held = Mutex<MigrationSource?>(nil)
         let started = ContinuousClock.now
         let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: options) { progress, _ in
-            if progress.phase == .waiting, ContinuousClock.now - started > .milliseconds(1500) {
+            if progress.phase == .waiting, ContinuousClock.now - started > .seconds(3) {
                 held.withLock { $0 }?.allowSwitchOver()
             }
         }

@@ -72,10 +72,10 @@ import Testing
     private let rest = honest(.roundEnd, count: 1) + honest(.stateEnd) + honest(.commit)
 
     /// True once the destination has closed `channel`.
-    private func isClosed(_ channel: ByteChannel) -> Bool {
+    private func isClosed(_ channel: ByteChannel, milliseconds: Int = 10_000) -> Bool {
         var byte: UInt8 = 0
         let result: MigrationError? = withUnsafeMutableBytes(of: &byte) { buffer in
-            do throws(MigrationError) { try channel.readExactly(into: buffer, idleMilliseconds: 10_000) } catch {
+            do throws(MigrationError) { try channel.readExactly(into: buffer, idleMilliseconds: milliseconds) } catch {
                 return error
             }
             return nil
@@ -113,8 +113,11 @@ import Testing
         for bytes in strangers { #expect(isClosed(try target.connect(bytes))) }
         // One that says nothing, and goes.
         try target.switchboard.connect().shutdown()
-        let first = try target.join(1)
-        // The lane is taken, and its owner keeps it.
+        // Which of two is heard first is the scheduler's choice. The other one is closed.
+        let claims = try [target.join(1), target.join(1)]
+        let loser = try #require((0..<1000).first { isClosed(claims[$0 % 2], milliseconds: 10) }) % 2
+        let first = claims[1 - loser]
+        // Now the lane is taken, and its owner keeps it.
         #expect(isClosed(try target.join(1)))
         // Silent ones, more than are waited for: the oldest have to go, and the honest source is not kept waiting.
         let silent = try (0..<40).map { _ in try target.switchboard.connect() }
@@ -126,16 +129,16 @@ import Testing
         try target.say(rest)
         let received = try target.end().get()
         #expect(target.place.runs && received.pages == 2)
-        #expect(received.strangers >= strangers.count + 2)
+        #expect(received.strangers >= strangers.count + 3)
         #expect(throws: MigrationError.self) { try target.switchboard.connect() }
     }
 
     @Test func connectionsThatNeverComeAreNotAwaitedForEver() throws {
-        let target = try Target(idleMilliseconds: 150)
+        let target = try Target(idleMilliseconds: 1000)
         let first = try target.join(1)
         // It has ended, so that its own silence is none.
         try target.send(round + laneEnd, on: first)
-        #expect(throws: MigrationError.timedOut("waiting for 1 of 2 data connections", milliseconds: 75)) {
+        #expect(throws: MigrationError.timedOut("waiting for 1 of 2 data connections", milliseconds: 500)) {
             try target.end().get()
         }
         #expect(!target.place.runs && target.place.journal.count("discard") == 1 && isClosed(first))
@@ -225,14 +228,14 @@ import Testing
     }
 
     @Test func aLaneThatStallsEndsTheMigration() throws {
-        let target = try Target(idleMilliseconds: 150)
+        let target = try Target(idleMilliseconds: 1000)
         let first = try target.join(1), second = try target.join(2)
         try target.send(round + laneEnd, on: first)
         // Half a page, and then nothing.
         try target.send(Array(pages(256, 1).prefix(2000)), on: second)
         try target.say(rest)
         let result = target.end()
-        guard case .failure(.laneFailed(2, .timedOut(_, 150))) = result else {
+        guard case .failure(.laneFailed(2, .timedOut(_, 1000))) = result else {
             Issue.record("the destination ended with \(result)")
             return
         }
@@ -241,11 +244,11 @@ import Testing
 
     /// One connection has nothing to say for much longer than the limit, while another has.
     @Test func silenceOnOneConnectionIsNoneWhileAnotherMoves() throws {
-        let target = try Target(idleMilliseconds: 200)
+        let target = try Target(idleMilliseconds: 1000)
         let first = try target.join(1), second = try target.join(2)
         for round in 1...16 {
             try target.send(honest(.roundEnd, count: UInt32(round)), on: first)
-            usleep(40_000)
+            usleep(100_000)
         }
         let rounds = (1...16).flatMap { honest(.roundEnd, count: UInt32($0)) }
         try target.send(honest(.laneEnd, count: 16), on: first)

@@ -236,7 +236,7 @@ import Testing
     @Test func aLaneThatStallsEndsTheMigrationAtTheSource() throws {
         let guest = try filledGuest()
         var options = lanes(2)
-        options.idleTimeoutMilliseconds = 200
+        options.idleTimeoutMilliseconds = 1000
         let (near, far) = try ByteChannel.pair()
         let others = Mutex<[ByteChannel]>([])
         let source = MigrationSource(guest: guest, trackers: [guest.tracker], options: options)
@@ -254,7 +254,7 @@ import Testing
         try FrameWriter(far, idleMilliseconds: 10_000).send(.ready, payload: [UInt8](repeating: 7, count: 16))
         let result = worker.join()
         // The first lane is drained by nobody either; whichever fails first names itself.
-        guard case .failure(.laneFailed(_, .timedOut(_, 200))) = result else {
+        guard case .failure(.laneFailed(_, .timedOut(_, 1000))) = result else {
             Issue.record("the source ended with \(result)")
             return
         }
