@@ -99,7 +99,7 @@ case_hotplug()
 	blocks=$(movable_blocks)
 	for block in $blocks; do
 		if [ "$block" = "${blocks##* }" ]; then
-			offline_in_walk $block "node=$((nodes - 1)) .* cpu=-1" 5000000
+			offline_on_lists $block $((nodes - 1))
 			[ "$ended" = no ] || fail "$block went after the walk"
 		else
 			offline_in_walk $block 'cpu=[0-9]' 2000
@@ -136,9 +136,11 @@ case_hotplug()
 	seen=$(batches)
 	wait_for 60 more_batches || fail "the walk does not go on"
 	seen=$(batches)
+	# It waits until the walk has left that list, however long that is.
+	( wait_for 60 more_batches; echo 0 > $pause ) &
 	echo offline > $block/state || fail "$block stays"
 	more_batches || fail "the zone went with a walk on its lists"
-	echo 0 > $pause
+	wait $!
 	wait_for 60 answered 99$id || fail "no report of that walk"
 	[ -z "$(movable_blocks)" ] || fail "left: $(movable_blocks)"
 	note "$nodes nodes, $grown pages more, $shrunk after offlining"
@@ -165,7 +167,7 @@ movable_blocks()
 }
 
 # offline_in_walk BLOCK EVENT PAUSE_US: offline it when that batch was traced,
-# with such pauses from then on. Sets $ended to whether the walk was over first.
+# with such pauses from then on.
 offline_in_walk()
 {
 	trace batch
@@ -174,6 +176,44 @@ offline_in_walk()
 	wait_for 60 traced "lacuna_batch: .*$2" || fail "no batch with $2"
 	echo $3 > /sys/module/lacuna_balloon/parameters/pause_us
 	! answered 99$id || fail "the walk was over before"
+	offline_now $1
+}
+
+# offline_on_lists BLOCK NODE: offline it while a walk stands on the lists of
+# one of that node's zones for long. Not on a CPU's: that is waited for.
+offline_on_lists()
+{
+	echo "nid == $2" > $trace_dir/events/lacuna_balloon/lacuna_batch/filter ||
+		fail "no filter"
+	for attempt in 1 2 3 4 5; do
+		trace batch
+		echo 1000 > /sys/module/lacuna_balloon/parameters/pause_us
+		echo 99$id > $params/request
+		wait_for 120 traced "cpu=" || fail "the walk does not come to node $2"
+		echo 5000000 > /sys/module/lacuna_balloon/parameters/pause_us
+		# The pause after the next batch is a long one.
+		seen=$(grep -c "cpu=" $trace_dir/trace)
+		wait_for 60 goes_on_or_ends || fail "the walk does not go on"
+		tail -n 1 $trace_dir/trace | grep -q "cpu=-1" && ! answered 99$id && break
+		# This machine was too slow to look.
+		echo 0 > /sys/module/lacuna_balloon/parameters/pause_us
+		wait_for 60 answered 99$id || fail "no report of that walk"
+		id=$((id + 1))
+		[ $attempt -lt 5 ] || fail "the walk left the zones' lists each time"
+	done
+	offline_now $1
+	echo 0 > $trace_dir/events/lacuna_balloon/lacuna_batch/filter
+}
+
+goes_on_or_ends()
+{
+	[ "$(grep -c "cpu=" $trace_dir/trace)" -gt $seen ] || answered 99$id
+}
+
+# offline_now BLOCK: in a walk that goes on without pauses afterwards. Sets
+# $ended to whether it was over first.
+offline_now()
+{
 	echo offline > $1/state || fail "$1 stays"
 	ended=no
 	! answered 99$id || ended=yes

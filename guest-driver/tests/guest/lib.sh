@@ -306,6 +306,22 @@ leaks_found()
 	[ -s $kmemleak ]
 }
 
+# Half a minute before the machine is stopped from outside: what hangs, and where.
+watch_for_hangs()
+{
+	limit=$(tr ' ' '\n' < /proc/cmdline | sed -n 's/^driver.limit=//p')
+	sleep $((limit - 30))
+	echo "MACHINE hangs in $(cat /tmp/case), $(($(uptime_s) - $(cat /tmp/began))) s"
+	dmesg | tail -n 20
+	ps -o pid,stat,time,args | grep -v ' \['
+	cat $params/request; tail -n 5 $trace_dir/trace
+	dmesg -c > /dev/null
+	# Tasks that wait without end, and what each CPU does.
+	echo w > /proc/sysrq-trigger
+	echo l > /proc/sysrq-trigger
+	dmesg
+}
+
 run_case()
 {
 	rm -f /tmp/reason /tmp/notes /tmp/held
@@ -314,6 +330,8 @@ run_case()
 	echo '^$' > "$allowed"
 	dmesg -c > /dev/null
 	started=$(uptime_s)
+	echo "$1" > /tmp/case
+	echo $started > /tmp/began
 	( "case_$1" && unload )
 	status=$?
 	# Whatever was left by a case that failed.
