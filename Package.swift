@@ -60,7 +60,7 @@ let package = Package(
             swiftSettings: common),
         .testTarget(
             name: "GuestMemoryTests", dependencies: ["CLinux", "GuestMemory", "TestSupport"], swiftSettings: common),
-        .testTarget(name: "VirtioTests", dependencies: ["GuestMemory", "Virtio", "TestSupport"], swiftSettings: common),
+        .testTarget(name: "VirtioTests", dependencies: ["GuestMemory", "Vhost", "Virtio", "TestSupport"], swiftSettings: common),
         .testTarget(name: "BalloonTests", dependencies: ["Balloon", "GuestMemory", "TestSupport"], swiftSettings: common),
         .testTarget(
             name: "VhostUserTests",

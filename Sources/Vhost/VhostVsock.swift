@@ -42,6 +42,8 @@ public struct VhostRing: Sendable, Equatable {
     let calls: [Int32]
     /// Written to when the driver has made buffers available.
     let kicks: [Int32]
+    /// Through which ring 0 gets its buffers.
+    let receive: ReceiveHandover
     private let memory: GuestMemory
     private nonisolated(unsafe) let log: UnsafeMutablePointer<UInt64>
     private let logWords: Int
@@ -54,13 +56,15 @@ public struct VhostRing: Sendable, Equatable {
         // The kernel's log: one bit a page, written behind this process's back, so in a mapping of its own.
         let words = (memory.frameCount + 63) / 64
         let mapping = unsafe lacuna_mmap(words * 8, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        guard events.allSatisfy({ $0 >= 0 }), let mapping = unsafe mapping else {
+        guard events.allSatisfy({ $0 >= 0 }), let mapping = unsafe mapping, let receive = ReceiveHandover(memory: memory)
+        else {
             let code = lacuna_errno()
             for event in events + [descriptor] where event >= 0 { close(event) }
             throw VhostError(call: "cannot make the log and events of a vhost device", errno: code)
         }
         self.descriptor = descriptor
         self.memory = memory
+        self.receive = receive
         (calls, kicks) = (Array(events[..<2]), Array(events[2...]))
         unsafe log = mapping.assumingMemoryBound(to: UInt64.self)
         logWords = words
@@ -139,6 +143,10 @@ public struct VhostRing: Sendable, Equatable {
             addresses.flags = 1 << UInt32(VHOST_VRING_F_LOG)
             addresses.desc_user_addr = UInt64(UInt(bitPattern: descriptors))
             addresses.avail_user_addr = UInt64(UInt(bitPattern: available))
+            if index == 0 {
+                guard let own = receive.begin(ring) else { throw VhostError(call: "a ring of \(ring.size)", errno: EINVAL) }
+                addresses.avail_user_addr = own
+            }
             addresses.used_user_addr = UInt64(UInt(bitPattern: used))
             addresses.log_guest_addr = ring.used.rawValue
             try call("VHOST_SET_VRING_ADDR", lacuna_VHOST_SET_VRING_ADDR, &addresses)
@@ -170,6 +178,7 @@ public struct VhostRing: Sendable, Equatable {
     }
 
     func kick(_ ring: Int) {
+        if ring == 0 { receive.handOver() }
         var one: UInt64 = 1
         unsafe _ = write(kicks[ring], &one, 8)
     }

@@ -11,10 +11,8 @@ public import Virtio
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: connections do not survive, listening sockets do, and the guest reads its
 /// address anew, which may be another at the destination.
 ///
-/// What the kernel logs are its writes to the used rings; its vhost-vsock passes no log for the buffers themselves. So
-/// `collectDirty` adds every buffer that the receive queue's descriptors name. A buffer that was used and not yet seen
-/// by the driver is still named there, so the guest finds it whole at the destination. One that the driver took already
-/// belongs to a connection, which the reset ends before anything is read from it.
+/// What the kernel logs are its writes to the used rings; its vhost-vsock passes no log for the buffers themselves.
+/// `ReceiveHandover` knows which they were.
 ///
 /// Thread rules: every method may be called from any thread; those of `VirtioDevice` as that protocol says.
 @safe public final class VsockDevice: VirtioDevice {
@@ -51,7 +49,7 @@ public import Virtio
     // MARK: The device
 
     public var deviceID: UInt32 { 19 }
-    /// Nothing but version 1: indirect descriptors would hide receive buffers from `collectDirty`.
+    /// Nothing but version 1: `ReceiveHandover` knows no indirect descriptors and no event index.
     public var offeredFeatures: UInt64 { VirtioFeature.version1 }
     public var queueSizes: [UInt16] { [128, 128, 16] }
 
@@ -181,33 +179,22 @@ public import Virtio
     public func startLog() throws(VhostError) {
         guard let vhost = vhost.withLock({ $0 }) else { return }
         try vhost.setLogging(true)
+        vhost.receive.setLogging(true)
         vhost.takeLog { _, _ in }
     }
 
-    public func endLog() { try? vhost.withLock { $0 }?.setLogging(false) }
+    public func endLog() {
+        guard let vhost = vhost.withLock({ $0 }) else { return }
+        vhost.receive.setLogging(false)
+        try? vhost.setLogging(false)
+    }
 
     /// ORs what was written since the last time into `bitmap`.
     public func collectDirty(into bitmap: PageBitmap) {
         guard let vhost = vhost.withLock({ $0 }) else { return }
         vhost.takeLog { index, bits in if index < bitmap.wordCount { bitmap.merge(bits, intoWord: index) } }
-        guard let receive = state.withLock({ $0.queues.first ?? nil }) else { return }
-        let table = receive.state.descriptors.rawValue
-        for number in 0..<UInt64(receive.size) {
-            // struct virtq_desc: address, length, flags. The driver may change it at any time; what it says is only
-            // used to mark pages for sending, within bounds.
-            guard let address = try? memory.load(GuestAddress(table &+ 16 &* number), as: UInt64.self),
-                let length = try? memory.load(GuestAddress(table &+ 16 &* number &+ 8), as: UInt32.self),
-                let flags = try? memory.load(GuestAddress(table &+ 16 &* number &+ 12), as: UInt16.self)
-            else { continue }
-            let isWritable = flags & 2 != 0
-            guard isWritable, length > 0, memory.isAllRAM(GuestAddress(address), bytes: Int(length)) else { continue }
-            bitmap.set(Int(address >> pageShift)..<Int((address &+ UInt64(length) &- 1) >> pageShift) + 1)
-        }
+        vhost.receive.collect(into: bitmap)
     }
-}
-
-extension GuestMemory {
-    fileprivate func isAllRAM(_ address: GuestAddress, bytes: Int) -> Bool { unsafe hostPointer(address, bytes: bytes) != nil }
 }
 
 /// The thread that passes the kernel's calls on as interrupts.
@@ -225,11 +212,22 @@ private final class Listener: Sendable {
         let body = Body {
             while true {
                 var polled = (vhost.calls + [ending]).map { pollfd(fd: $0, events: Int16(POLLIN), revents: 0) }
-                unsafe _ = poll(&polled, nfds_t(polled.count), -1)
+                // The kernel may have looked for a buffer in vain, and the driver kept silent about one meanwhile.
+                let limit: Int32 = vhost.receive.isExhausted ? 10 : -1
+                if unsafe poll(&polled, nfds_t(polled.count), limit) == 0 {
+                    if vhost.receive.handOver() { vhost.kick(0) }
+                    continue
+                }
                 var count: UInt64 = 0
                 for index in 0..<2 where polled[index].revents != 0 {
                     unsafe _ = read(vhost.calls[index], &count, 8)
-                    signals.usedBuffer(queue: index)
+                    guard index == 0 else {
+                        signals.usedBuffer(queue: index)
+                        continue
+                    }
+                    // The driver may have been told to keep silent until now.
+                    if vhost.receive.handOver() { vhost.kick(0) }
+                    if vhost.receive.wantsInterrupt { signals.usedBuffer(queue: 0) }
                 }
                 if polled[2].revents != 0 { return }
             }

@@ -77,6 +77,8 @@ static inline void *lacuna_mmap(size_t bytes, int protection, int flags, int fd,
 static const int lacuna_SOCK_STREAM_CLOEXEC = SOCK_STREAM | SOCK_CLOEXEC;
 static const int lacuna_MSG_NOSIGNAL = MSG_NOSIGNAL;
 static const int lacuna_MSG_PEEK = MSG_PEEK;
+// A macro that looks at a type's size.
+static const int lacuna_SO_VM_SOCKETS_CONNECT_TIMEOUT = SO_VM_SOCKETS_CONNECT_TIMEOUT;
 
 #define LACUNA_REQUEST(name) static const unsigned long lacuna_##name = name
 LACUNA_REQUEST(KVM_GET_API_VERSION);

@@ -5,17 +5,28 @@ import CLinux
 /// with 0 when the connection does; a migration ends every connection. The last line says how many blocks came back
 /// whole. Returns the exit status.
 func talk(cid: UInt32, port: UInt32, limit: Int) -> Int32 {
-    let connection = socket(AF_VSOCK, lacuna_SOCK_STREAM_CLOEXEC, 0)
-    var address = sockaddr_vm()
-    address.svm_family = sa_family_t(AF_VSOCK)
-    address.svm_cid = cid
-    address.svm_port = port
-    let connected = withUnsafePointer(to: &address) {
-        $0.withMemoryRebound(to: sockaddr.self, capacity: 1) { connect(connection, $0, socklen_t(MemoryLayout<sockaddr_vm>.size)) }
-    }
-    guard connection >= 0, connected == 0 else {
-        say("VSOCK cannot connect to \(cid):\(port): \(String(cString: strerror(errno)))")
-        return 1
+    var connection: Int32 = -1
+    // A guest that has just moved may answer before it has read its new address, and the host drops such an answer. The
+    // kernel's own limit for an answer is 2 s, which is little in a machine that is emulated.
+    for attempt in 1...3 {
+        connection = socket(AF_VSOCK, lacuna_SOCK_STREAM_CLOEXEC, 0)
+        var limit = timeval(tv_sec: 10, tv_usec: 0)
+        setsockopt(
+            connection, AF_VSOCK, lacuna_SO_VM_SOCKETS_CONNECT_TIMEOUT, &limit, socklen_t(MemoryLayout<timeval>.size))
+        var address = sockaddr_vm()
+        address.svm_family = sa_family_t(AF_VSOCK)
+        address.svm_cid = cid
+        address.svm_port = port
+        let connected = withUnsafePointer(to: &address) {
+            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                connect(connection, $0, socklen_t(MemoryLayout<sockaddr_vm>.size))
+            }
+        }
+        if connection >= 0, connected == 0 { break }
+        let code = errno
+        say("VSOCK cannot connect to \(cid):\(port): \(String(cString: strerror(code)))")
+        guard code == ETIMEDOUT, attempt < 3 else { return 1 }
+        close(connection)
     }
     var random = SystemRandomNumberGenerator(), blocks = 0
     while limit == 0 || blocks < limit {
