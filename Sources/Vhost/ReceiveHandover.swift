@@ -19,9 +19,15 @@ internal import Synchronization
         var next: UInt16 = 0
         /// The pages of the buffer last handed over at each place of the ring: it may be in use, or used.
         var places: [[Range<Int>]] = []
-        /// Pages of buffers handed over before those, since the last collection.
-        var earlier: Set<Int> = []
-        var isLogging = false
+        /// Pages of buffers handed over before those, since the last collection; nil without a log. A bitmap: a driver
+        /// may name all of memory again and again, which must cost neither room nor a look at each page.
+        var earlier: PageBitmap?
+
+        /// The buffer at `place` is about to be forgotten, and may have been written to.
+        func keep(_ place: Int) {
+            guard let earlier else { return }
+            for pages in places[place] { earlier.set(pages) }
+        }
     }
     private let memory: GuestMemory
     /// A struct vring_avail: flags, which stay 0 (the driver's are looked at before it is interrupted), index, entries.
@@ -48,7 +54,7 @@ internal import Synchronization
     func begin(_ ring: VhostRing) -> UInt64? {
         guard ring.size > 0, Int(ring.size) <= Self.sizeLimit else { return nil }
         state.withLock { state in
-            retire(&state)
+            for place in state.places.indices { state.keep(place) }
             state.ring = ring
             state.next = ring.nextAvailable
             state.places = Array(repeating: [], count: Int(ring.size))
@@ -74,7 +80,7 @@ internal import Synchronization
             let place = Int(state.next % ring.size)
             let entry = ring.available.rawValue &+ 4 &+ 2 &* UInt64(place)
             guard let head = try? memory.load(GuestAddress(entry), as: UInt16.self) else { break }
-            if state.isLogging { for pages in state.places[place] { state.earlier.formUnion(pages) } }
+            state.keep(place)
             state.places[place] = pagesOfChain(head, ring)
             unsafe lacuna_store_release_16(available + 4 + 2 * place, head)
             state.next &+= 1
@@ -128,24 +134,18 @@ internal import Synchronization
 
     /// From here on, or no more, pages are remembered for `collect`.
     func setLogging(_ on: Bool) {
-        state.withLock {
-            $0.isLogging = on
-            $0.earlier = []
-        }
+        state.withLock { $0.earlier = on ? PageBitmap(bitCount: memory.frameCount) : nil }
     }
 
-    /// Adds every page that the kernel may have written to since the last time.
+    /// Adds every page that the kernel may have written to since the last time. `bitmap` has a bit for each frame of
+    /// guest memory.
     func collect(into bitmap: PageBitmap) {
         state.withLock { state in
-            for page in state.earlier { bitmap.set(page..<page + 1) }
-            state.earlier = []
+            if let earlier = state.earlier {
+                bitmap.formUnion(earlier)
+                earlier.clearAll()
+            }
             for place in state.places { for pages in place { bitmap.set(pages) } }
         }
-    }
-
-    /// The buffers of a ring that is given up may have been written to.
-    private func retire(_ state: inout State) {
-        guard state.isLogging else { return }
-        for place in state.places { for pages in place { state.earlier.formUnion(pages) } }
     }
 }

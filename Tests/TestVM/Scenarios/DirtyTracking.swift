@@ -61,7 +61,7 @@ private func trackerScenario(_ name: String, _ options: [String], isQuick: Bool)
         var source = try stage.boot(
             "guest-0", memory: "256M", cpus: 2, run: "agent,memcheck:20", options: options + address(0))
         try stage.verify(source, passes: 1)
-        var later = 0, blocks = 0
+        var later = 0, blocks = 0, unanswered = 0
         for round in 1...10 {
             let channel = "unix:channel-\(round)", skips = round % 2 == 1, talks = round / 2 % 2 == 0
             let destination = try stage.receive("guest-\(round)", at: channel, more: options + address(round))
@@ -87,8 +87,9 @@ private func trackerScenario(_ name: String, _ options: [String], isQuick: Bool)
             // The agent's socket still listens, at the guest's new address.
             let after = try stage.run(["./lacuna-scenarios", "vsock", "\(100 + round)", "1000", "20"], seconds: patience)
             try expect(after.status == 0, "the agent after migration \(round): \(after.text)")
+            unanswered += after.lines.count { $0.contains("cannot connect") }
             say(
-                "migration \(round): \(report.bytes >> 20) MiB, \(report.rounds.count) rounds, dirtied \(report.rounds.map(\.dirtied)), downtime \(Int(report.downtimeMilliseconds)) ms, \(blocks) blocks of traffic so far")
+                "migration \(round): \(report.bytes >> 20) MiB, \(report.rounds.count) rounds, dirtied \(report.rounds.map(\.dirtied)), downtime \(Int(report.downtimeMilliseconds)) ms, \(blocks) blocks of traffic and \(unanswered) unanswered connections so far")
             source = destination
         }
         // A tracker that sees nothing would pass a guest that writes nothing.
