@@ -3,16 +3,17 @@ internal import CLinux
 import Migration
 
 /// Where a console's output goes. The guest never waits for whoever reads it: a terminal may be held with ^S, and the
-/// reader of a pipe may have stopped, while the vCPU that prints has to stop at once when the machine is paused. What
-/// the descriptor does not take is kept, up to a limit, and a thread of its own writes it as soon as that can be done.
-/// Beyond the limit it is dropped, as on a real line without flow control.
+/// reader of a pipe may have stopped, while the vCPU that prints has to stop at once when the machine is paused. Nor does
+/// it pay for a system call a byte: what it prints is kept, up to a limit, and a thread of its own writes it a
+/// millisecond later, or as soon as that can be done. Beyond the limit it is dropped, as on a real line without flow
+/// control.
 ///
 /// Thread rules: all methods may be called from any thread; none but `close` waits.
 final class ConsoleOutput: Sendable {
     private struct State {
         /// What was not written yet, oldest first.
         var pending: [UInt8] = []
-        /// A thread sees to `pending`; without one that is empty.
+        /// A thread sees to `pending`, which is empty without one.
         var hasWriter = false
         var dropped: UInt64 = 0
         var isClosed = false
@@ -33,12 +34,7 @@ final class ConsoleOutput: Sendable {
     func send(_ byte: UInt8) {
         guard descriptor >= 0 else { return }
         let needsWriter = state.update { state in
-            guard !state.isClosed else {
-                state.dropped += 1
-                return false
-            }
-            if !state.hasWriter, write([byte][...]) != 0 { return false }
-            guard state.pending.count < limit else {
+            guard !state.isClosed, state.pending.count < limit else {
                 state.dropped += 1
                 return false
             }
@@ -48,8 +44,10 @@ final class ConsoleOutput: Sendable {
         }
         guard needsWriter else { return }
         do throws(MigrationError) { try startThreadIfPossible(named: "console output") { self.writePending() } } catch {
+            // The system has no room for a thread: what cannot be written at once never is.
             state.update { state in
-                state.dropped += UInt64(state.pending.count)
+                let count = write(state.pending[...])
+                state.dropped += UInt64(max(0, state.pending.count - count))
                 (state.pending, state.hasWriter) = ([], false)
             }
         }
@@ -78,21 +76,37 @@ final class ConsoleOutput: Sendable {
         return lacuna_errno() == EINTR || lacuna_errno() == EAGAIN ? 0 : bytes.count
     }
 
-    /// The thread: ends once nothing is left to write.
+    /// The thread: ends once there was nothing to write for a while.
     private func writePending() {
+        let idleNanoseconds: UInt64 = 1_000_000_000
+        while true {
+            let hasBytes: Void? = state.wait(nanoseconds: idleNanoseconds) { $0.pending.isEmpty ? nil : () }
+            if hasBytes != nil {
+                // The rest of the line goes along.
+                usleep(1000)
+                writeAll()
+                continue
+            }
+            let isOver = state.update { state in
+                if state.pending.isEmpty { state.hasWriter = false }
+                return !state.hasWriter
+            }
+            if isOver { return }
+        }
+    }
+
+    /// Returns once nothing is pending.
+    private func writeAll() {
         let mostAtOnce = 512, lookMilliseconds: Int32 = 200
         while true {
             // Not for ever: `close` takes away what there is to write.
             var polled = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
             let isReady = poll(&polled, 1, lookMilliseconds) > 0
             // Taken only now, so that nothing is written that was given up meanwhile.
-            let next: ArraySlice<UInt8> = state.update { state in
-                if state.pending.isEmpty { state.hasWriter = false }
-                return state.pending.prefix(mostAtOnce)
-            }
+            let next = state.read { Array($0.pending.prefix(mostAtOnce)) }
             guard !next.isEmpty else { return }
             guard isReady else { continue }
-            let count = write(next)
+            let count = write(next[...])
             // Only this thread takes bytes away, but for `close`.
             state.update { $0.pending.removeFirst(min(count, $0.pending.count)) }
         }

@@ -147,6 +147,7 @@ extension Machine {
         // The interrupt controllers have their state: a notification or an interrupt that was on its way between the
         // two machines is made up for. Before the vCPUs run, so that nobody else serves the queues.
         for transport in transports { transport.kick() }
+        serial.repeatInterrupt()
         pollStatistics(every: balloon.statisticsInterval)
     }
 }

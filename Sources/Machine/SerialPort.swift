@@ -1,6 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 import GuestMemory
+import Migration
 import Synchronization
+
+/// When a transmitter says that it is empty, nanoseconds of the monotonic clock.
+///
+/// It could always say so at once, as it hands each byte on. But the handler of that interrupt sends what it is given
+/// until there is none, and as long as one vCPU prints faster than another's handler sends, that other would do nothing
+/// else: its own programs and its watchdog would stand still. So the guest gets as much time after each load of the FIFO
+/// as its handler took for it. Polled output is not held up: the line status register always says "empty".
+struct TransmitterPace {
+    /// A handler that took longer was not busy with the port.
+    static let longest: UInt64 = 10_000_000
+    /// When the guest was last told, and listened.
+    private var heard: UInt64 = 0
+    /// When to say it next; nil if nothing was sent since.
+    private(set) var due: UInt64?
+
+    mutating func guestHeard(at now: UInt64) { heard = now }
+
+    mutating func sent(at now: UInt64) { due = now + min(now - min(heard, now), Self.longest) }
+
+    mutating func saidEmpty() { due = nil }
+}
 
 /// A 16550A serial port: the guest's console.
 ///
@@ -14,10 +36,15 @@ final class SerialPort: Sendable {
         var fifoControl: UInt8 = 0
         var divisor: UInt16 = 1
         var transmitterEmptyPending = false
+        var pace = TransmitterPace()
+        /// A thread sees to `pace.due`.
+        var hasClock = false
         var input: [UInt8] = []
         var line = false
     }
     private let state = Mutex(State())
+    /// Set when there is something for a clock that waits.
+    private let clockHasWork = Monitor(false)
     private let setLine: @Sendable (Bool) -> Void
     let output: ConsoleOutput
     /// Input the guest has not fetched is kept up to here; more is dropped, as on a real line.
@@ -46,6 +73,56 @@ final class SerialPort: Sendable {
         return fifo | 0x01
     }
 
+    private func sayEmpty(_ state: inout State) {
+        state.transmitterEmptyPending = true
+        state.pace.saidEmpty()
+    }
+
+    /// A byte was sent: the interrupt for it comes, but not at once.
+    private func sent(_ state: inout State) {
+        // The system may have no room for a thread: then it does come at once.
+        guard state.interruptEnable & 2 != 0, state.hasClock || (try? startClock()) != nil else {
+            sayEmpty(&state)
+            return
+        }
+        if state.hasClock, state.pace.due == nil { clockHasWork.update { $0 = true } }
+        state.hasClock = true
+        state.transmitterEmptyPending = false
+        state.pace.sent(at: monotonicNanoseconds())
+    }
+
+    private func startClock() throws(MigrationError) {
+        // Weak: the machine may end while this thread waits.
+        try startThreadIfPossible(named: "serial port") { [weak self, clockHasWork] in
+            var hasNothing = false
+            while let turn = self?.nextTurn(hasNothing: hasNothing) {
+                let hasWork: Void? = clockHasWork.wait(nanoseconds: turn.nanoseconds) { flag in
+                    // Until something is due, nothing can make it due sooner.
+                    guard turn.isIdle, flag else { return nil }
+                    flag = false
+                    return ()
+                }
+                hasNothing = turn.isIdle && hasWork == nil
+            }
+        }
+    }
+
+    /// Says what is due, and how long the clock's thread waits then; nil: it ends.
+    private func nextTurn(hasNothing: Bool) -> (nanoseconds: UInt64, isIdle: Bool)? {
+        state.withLock { state in
+            if let due = state.pace.due {
+                let now = monotonicNanoseconds()
+                if now < due { return (due - now, false) }
+                sayEmpty(&state)
+                settle(&state)
+            } else if hasNothing {
+                state.hasClock = false
+                return nil
+            }
+            return (1_000_000_000, true)
+        }
+    }
+
     func read(_ register: UInt16) -> UInt8 {
         state.withLock { state in
             defer { settle(&state) }
@@ -58,7 +135,10 @@ final class SerialPort: Sendable {
             case 2:
                 let value = identification(state)
                 // Reading it acknowledges "transmitter empty", and no other cause.
-                if value & 0x0f == 0x02 { state.transmitterEmptyPending = false }
+                if value & 0x0f == 0x02 {
+                    state.transmitterEmptyPending = false
+                    state.pace.guestHeard(at: monotonicNanoseconds())
+                }
                 return value
             case 3: return state.lineControl
             case 4: return state.modemControl
@@ -82,16 +162,18 @@ final class SerialPort: Sendable {
             case 0:
                 if state.modemControl & 0x10 != 0 {
                     if state.input.count < inputLimit { state.input.append(value) }
+                    sayEmpty(&state)
                 } else {
                     output.send(value)
+                    sent(&state)
                 }
-                state.transmitterEmptyPending = true
             case 1 where divisorAccess: state.divisor = state.divisor & 0x00ff | UInt16(value) << 8
             case 1:
-                if value & 2 != 0 && state.interruptEnable & 2 == 0 { state.transmitterEmptyPending = true }
+                if value & 2 != 0, state.interruptEnable & 2 == 0, state.pace.due == nil { sayEmpty(&state) }
                 state.interruptEnable = value & 0x0f
             case 2:
                 if value & 2 != 0 { state.input.removeAll() }
+                if value & 4 != 0, state.pace.due != nil { sayEmpty(&state) }
                 state.fifoControl = value & 0xc9
             case 3: state.lineControl = value
             case 4: state.modemControl = value & 0x1f
@@ -117,7 +199,8 @@ final class SerialPort: Sendable {
             encoder.put(state.scratch)
             encoder.put(state.fifoControl)
             encoder.put(state.divisor)
-            encoder.put(state.transmitterEmptyPending)
+            // What is still to come is due at once on the other side: `repeatInterrupt` says so there.
+            encoder.put(state.transmitterEmptyPending || state.pace.due != nil)
             encoder.put(state.line)
             encoder.put(state.input)
         }
@@ -140,5 +223,16 @@ final class SerialPort: Sendable {
         }
         let checked = new
         state.withLock { $0 = checked }
+    }
+
+    /// Raises the line anew if anything is pending: the interrupt controllers' state may be from before that was so, or
+    /// from after the guest was told, and one interrupt too many does no harm. For a restored port whose controllers
+    /// have their state.
+    func repeatInterrupt() {
+        state.withLock { state in
+            setLine(false)
+            state.line = false
+            settle(&state)
+        }
     }
 }

@@ -134,7 +134,7 @@ func printable(_ bytes: [UInt8]) -> String {
 }
 
 /// Nanoseconds of the monotonic clock.
-func monotonicNanoseconds() -> UInt64 {
+package func monotonicNanoseconds() -> UInt64 {
     var now = timespec()
     clock_gettime(CLOCK_MONOTONIC, &now)
     return UInt64(now.tv_sec) &* 1_000_000_000 &+ UInt64(now.tv_nsec)

@@ -91,7 +91,7 @@ import Testing
         close(ends[0])
         let output = ConsoleOutput(ends[1])
         for number in 0..<10 { output.send(UInt8(number)) }
-        output.close(milliseconds: 1)
+        output.close(milliseconds: 20_000)
         #expect(output.dropped == 0)
         close(ends[1])
     }

@@ -63,6 +63,8 @@ static inline int lacuna_pidfd_open(pid_t process) { return (int)syscall(SYS_pid
 // lseek() to the next data or hole of a sparse file; <unistd.h> has the names with _GNU_SOURCE only.
 static const int lacuna_SEEK_DATA = 3;
 static const int lacuna_SEEK_HOLE = 4;
+// The room of a pipe or a FIFO, in bytes; the kernel makes it a power of two pages. <fcntl.h> as above.
+static inline int lacuna_set_pipe_size(int fd, int bytes) { return fcntl(fd, 1031 /* F_SETPIPE_SZ */, bytes); }
 int lacuna_rename(const char *from, const char *to);
 // A file without a name in `folder`, which is gone with its last descriptor (O_TMPFILE); and a name for it, a new one.
 int lacuna_open_unnamed(const char *folder);
