@@ -20,12 +20,15 @@ final class ConsoleOutput: Sendable {
     }
     private let descriptor: Int32
     private let limit: Int
+    private let idleNanoseconds: UInt64
     private let state = Monitor(State())
 
-    /// Writes to `descriptor` (negative: nowhere), which stays the caller's, and keeps up to `limit` bytes.
-    init(_ descriptor: Int32, limit: Int = 256 << 10) {
+    /// Writes to `descriptor` (negative: nowhere), which stays the caller's, and keeps up to `limit` bytes. The thread
+    /// ends when it had nothing to do for `idleNanoseconds`.
+    init(_ descriptor: Int32, limit: Int = 256 << 10, idleNanoseconds: UInt64 = 1_000_000_000) {
         self.descriptor = descriptor
         self.limit = limit
+        self.idleNanoseconds = idleNanoseconds
     }
 
     /// Bytes that nobody took.
@@ -70,7 +73,8 @@ final class ConsoleOutput: Sendable {
         var polled = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
         guard poll(&polled, 1, 0) > 0 else { return 0 }
         // A pipe that polls writable has room for these; a terminal held at this very moment, or a pipe that somebody
-        // else fills, may make the call wait until a signal, and `Machine.pause` sends those until the vCPU stops.
+        // else fills, may make the call wait. That stops the thread, and not the guest; and a vCPU that writes itself,
+        // for want of a thread, only until a signal: `Machine.pause` sends those until it stops.
         let count = bytes.withUnsafeBytes { CLinux.write(descriptor, $0.baseAddress, $0.count) }
         if count >= 0 { return count }
         return lacuna_errno() == EINTR || lacuna_errno() == EAGAIN ? 0 : bytes.count
@@ -78,7 +82,6 @@ final class ConsoleOutput: Sendable {
 
     /// The thread: ends once there was nothing to write for a while.
     private func writePending() {
-        let idleNanoseconds: UInt64 = 1_000_000_000
         while true {
             let hasBytes: Void? = state.wait(nanoseconds: idleNanoseconds) { $0.pending.isEmpty ? nil : () }
             if hasBytes != nil {
@@ -95,7 +98,7 @@ final class ConsoleOutput: Sendable {
         }
     }
 
-    /// Returns once nothing is pending.
+    /// Returns once it has written all there was.
     private func writeAll() {
         let mostAtOnce = 512, lookMilliseconds: Int32 = 200
         while true {
@@ -109,6 +112,8 @@ final class ConsoleOutput: Sendable {
             let count = write(next[...])
             // Only this thread takes bytes away, but for `close`.
             state.update { $0.pending.removeFirst(min(count, $0.pending.count)) }
+            // What has come since waits for more of its kind.
+            guard next.count == mostAtOnce || count < next.count else { return }
         }
     }
 }

@@ -148,6 +148,7 @@ extension Machine {
         // two machines is made up for. Before the vCPUs run, so that nobody else serves the queues.
         for transport in transports { transport.kick() }
         serial.repeatInterrupt()
+        power.repeatInterrupt()
         pollStatistics(every: balloon.statisticsInterval)
     }
 }

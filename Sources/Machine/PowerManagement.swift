@@ -69,4 +69,7 @@ final class PowerManagement: Sendable {
         let new = State(status: try decoder.take(), enable: try decoder.take(), control: try decoder.take())
         state.withLock { $0 = new }
     }
+
+    /// Raises the line anew if anything is pending, as a restored `SerialPort` does.
+    func repeatInterrupt() { state.withLock { setLine($0.status & $0.enable != 0) } }
 }

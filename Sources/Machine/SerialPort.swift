@@ -12,7 +12,7 @@ import Synchronization
 struct TransmitterPace {
     /// A handler that took longer was not busy with the port.
     static let longest: UInt64 = 10_000_000
-    /// When the guest was last told, and listened.
+    /// When the guest last asked why it was interrupted.
     private var heard: UInt64 = 0
     /// When to say it next; nil if nothing was sent since.
     private(set) var due: UInt64?
@@ -49,10 +49,13 @@ final class SerialPort: Sendable {
     let output: ConsoleOutput
     /// Input the guest has not fetched is kept up to here; more is dropped, as on a real line.
     private let inputLimit = 4096
+    private let idleNanoseconds: UInt64
 
-    /// Writes what the guest sends to the descriptor `output` (negative: nowhere).
-    init(output: Int32, setLine: @escaping @Sendable (Bool) -> Void) {
-        self.output = ConsoleOutput(output)
+    /// Writes what the guest sends to the descriptor `output` (negative: nowhere). The threads of a port end when they
+    /// had nothing to do for `idleNanoseconds`.
+    init(output: Int32, idleNanoseconds: UInt64 = 1_000_000_000, setLine: @escaping @Sendable (Bool) -> Void) {
+        self.output = ConsoleOutput(output, idleNanoseconds: idleNanoseconds)
+        self.idleNanoseconds = idleNanoseconds
         self.setLine = setLine
     }
 
@@ -80,8 +83,13 @@ final class SerialPort: Sendable {
 
     /// A byte was sent: the interrupt for it comes, but not at once.
     private func sent(_ state: inout State) {
+        guard state.interruptEnable & 2 != 0 else {
+            // Polled. What is due for bytes before it stays due: a kernel message does not end the handler's rest.
+            if state.pace.due == nil { sayEmpty(&state) }
+            return
+        }
         // The system may have no room for a thread: then it does come at once.
-        guard state.interruptEnable & 2 != 0, state.hasClock || (try? startClock()) != nil else {
+        guard state.hasClock || (try? startClock()) != nil else {
             sayEmpty(&state)
             return
         }
@@ -97,10 +105,8 @@ final class SerialPort: Sendable {
             var hasNothing = false
             while let turn = self?.nextTurn(hasNothing: hasNothing) {
                 let hasWork: Void? = clockHasWork.wait(nanoseconds: turn.nanoseconds) { flag in
-                    // Until something is due, nothing can make it due sooner.
-                    guard turn.isIdle, flag else { return nil }
-                    flag = false
-                    return ()
+                    defer { flag = false }
+                    return flag ? () : nil
                 }
                 hasNothing = turn.isIdle && hasWork == nil
             }
@@ -119,7 +125,7 @@ final class SerialPort: Sendable {
                 state.hasClock = false
                 return nil
             }
-            return (1_000_000_000, true)
+            return (idleNanoseconds, true)
         }
     }
 
@@ -135,10 +141,9 @@ final class SerialPort: Sendable {
             case 2:
                 let value = identification(state)
                 // Reading it acknowledges "transmitter empty", and no other cause.
-                if value & 0x0f == 0x02 {
-                    state.transmitterEmptyPending = false
-                    state.pace.guestHeard(at: monotonicNanoseconds())
-                }
+                if value & 0x0f == 0x02 { state.transmitterEmptyPending = false }
+                // Whatever the cause: a handler that came for input sends as well.
+                if value & 1 == 0 { state.pace.guestHeard(at: monotonicNanoseconds()) }
                 return value
             case 3: return state.lineControl
             case 4: return state.modemControl

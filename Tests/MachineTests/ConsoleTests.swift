@@ -55,6 +55,23 @@ import Testing
         close(writer)
     }
 
+    /// The thread ends when it had nothing to do, a new one begins, and no byte is lost between them.
+    @Test func bytesArriveWhateverTheWriterDoes() throws {
+        var ends: [Int32] = [0, 0]
+        try #require(pipe(&ends) == 0)
+        let output = ConsoleOutput(ends[1], idleNanoseconds: 100_000)
+        for round in 0..<200 {
+            output.send(UInt8(round))
+            #expect(Self.read(ends[0], 1) == [UInt8(round)])
+            let begin = monotonicNanoseconds()
+            while monotonicNanoseconds() - begin < UInt64(round) * 1500 {}
+        }
+        output.close(milliseconds: 20_000)
+        #expect(output.dropped == 0)
+        close(ends[0])
+        close(ends[1])
+    }
+
     @Test func whatIsTooMuchIsDroppedAndCounted() throws {
         let (reader, writer, full) = try Self.fullPipe()
         let output = ConsoleOutput(writer, limit: 100)

@@ -69,6 +69,59 @@ import Testing
         }
     }
 
+    /// Kernel messages come in between, polled: what is due stays due, and comes.
+    @Test func polledOutputEndsNoRest() {
+        let line = Line(), port = port(line)
+        let begin = monotonicNanoseconds()
+        port.write(1, 2)
+        port.write(0, 0x41) // the guest did not ask for the cause, so the rest is the longest there is
+        port.write(1, 0)
+        port.write(0, 0x42)
+        port.write(1, 2)
+        let isEarly = line.level
+        if monotonicNanoseconds() - begin < TransmitterPace.longest { #expect(!isEarly) }
+        #expect(line.isRaised())
+        // A transmitter that is cleared is empty.
+        port.write(0, 0x43)
+        port.write(2, 0x05)
+        #expect(line.level)
+    }
+
+    /// The thread ends when it had nothing to do, a new one begins, and no interrupt is lost between them.
+    @Test func interruptsComeWhateverTheClockDoes() {
+        let line = Line(), port = SerialPort(output: -1, idleNanoseconds: 100_000) { line.set($0) }
+        port.write(1, 2)
+        for round in 0..<300 {
+            #expect(line.isRaised())
+            _ = port.read(2)
+            let begin = monotonicNanoseconds()
+            while monotonicNanoseconds() - begin < UInt64(round) * 1000 {}
+            port.write(0, 0x41)
+        }
+        #expect(line.isRaised())
+    }
+
+    /// The clock does not keep the port of a machine that has ended.
+    @Test func portEndsWhileItsClockWaits() {
+        let line = Line()
+        weak var left: SerialPort?
+        do {
+            let port = SerialPort(output: -1, idleNanoseconds: 600_000_000_000) { line.set($0) }
+            left = port
+            port.write(1, 2)
+            // More than once: a clock that waits is woken, and does not come by its own.
+            for _ in 0..<3 {
+                port.write(0, 0x41)
+                #expect(line.isRaised())
+            }
+        }
+        let begin = monotonicNanoseconds()
+        while left != nil, monotonicNanoseconds() - begin < 20_000_000_000 {
+            line.levels.wait(nanoseconds: 1_000_000) { _ -> Void? in nil }
+        }
+        #expect(left == nil)
+    }
+
     /// What the transmitter was about to say is said on the other side, whose interrupt controllers know nothing of it.
     @Test func interruptToComeComesAfterAMove() throws {
         let port = port(Line())
@@ -154,13 +207,22 @@ import Testing
         #expect(power.read(port: Layout.powerControl, size: 2) & 1 == 1)
     }
 
-    @Test func powerButtonRaisesTheLineOnceItIsEnabled() {
+    @Test func powerButtonRaisesTheLineOnceItIsEnabled() throws {
         let line = SerialTests.Line()
         let power = PowerManagement { line.set($0) }
         power.pressPowerButton()
         #expect(!line.level)
         _ = power.write(port: Layout.powerEvents + 2, size: 2, value: 1 << 8)
         #expect(line.level)
+        // The same on the other side of a move, whose interrupt controllers may not know of it.
+        var encoder = StateEncoder()
+        power.save(into: &encoder)
+        let otherLine = SerialTests.Line(), other = PowerManagement { otherLine.set($0) }
+        var decoder = StateDecoder(encoder.bytes)
+        try other.restore(from: &decoder)
+        #expect(!otherLine.level)
+        other.repeatInterrupt()
+        #expect(otherLine.level)
         _ = power.write(port: Layout.powerEvents, size: 2, value: 1 << 8)
         #expect(!line.level)
     }
