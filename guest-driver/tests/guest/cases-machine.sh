@@ -64,6 +64,8 @@ case_sleep()
 	size=$(($(tr ' ' '\n' < /proc/cmdline | sed -n 's/^driver.mib=//p')))
 	monitor "balloon $((size - 100))" ''
 	wait_for 60 actual_is $((size - 100)) || fail "$(tail -c 200 /tmp/monitor)"
+	# The alarm comes by way of the HPET, and on a busy host late.
+	may_log 'hpet: Lost [0-9]+ RTC interrupts'
 	echo 0 > /sys/class/rtc/rtc0/wakealarm
 	echo +3 > /sys/class/rtc/rtc0/wakealarm
 	echo mem > /sys/power/state || fail "cannot suspend"
