@@ -282,7 +282,9 @@ bad_log()
 {
 	dmesg -r | grep '^<[0-4]>' |
 		grep -v -e 'taints kernel' -e 'module verification failed' \
-			-e 'hrtimer: interrupt took' |
+			-e 'hrtimer: interrupt took' \
+			-e 'clocksource: Long readout interval' \
+			-e 'clocksource: .* read-back delay' |
 		grep -v -E -f "$allowed"
 }
 
