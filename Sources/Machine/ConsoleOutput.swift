@@ -49,7 +49,7 @@ final class ConsoleOutput: Sendable {
         do throws(MigrationError) { try startThreadIfPossible(named: "console output") { self.writePending() } } catch {
             // The system has no room for a thread: what cannot be written at once never is.
             state.update { state in
-                let count = write(state.pending[...])
+                let count = write(state.pending)
                 state.dropped += UInt64(max(0, state.pending.count - count))
                 (state.pending, state.hasWriter) = ([], false)
             }
@@ -69,7 +69,7 @@ final class ConsoleOutput: Sendable {
     }
 
     /// Writes as much as can be written without waiting: 0 if that is nothing, all of it if it can never be written.
-    private func write(_ bytes: ArraySlice<UInt8>) -> Int {
+    private func write(_ bytes: [UInt8]) -> Int {
         var polled = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
         guard poll(&polled, 1, 0) > 0 else { return 0 }
         // A pipe that polls writable has room for these; a terminal held at this very moment, or a pipe that somebody
@@ -109,7 +109,7 @@ final class ConsoleOutput: Sendable {
             let next = state.read { Array($0.pending.prefix(mostAtOnce)) }
             guard !next.isEmpty else { return }
             guard isReady else { continue }
-            let count = write(next[...])
+            let count = write(next)
             // Only this thread takes bytes away, but for `close`.
             state.update { $0.pending.removeFirst(min(count, $0.pending.count)) }
             // What has come since waits for more of its kind.

@@ -179,6 +179,13 @@ public struct VhostRing: Sendable, Equatable {
 
     func kick(_ ring: Int) {
         if ring == 0 { receive.handOver() }
+        signal(ring)
+    }
+
+    /// Hands over receive buffers that the driver made available without a word, if there are any.
+    func offerReceiveBuffers() { if receive.handOver() { signal(0) } }
+
+    private func signal(_ ring: Int) {
         var one: UInt64 = 1
         unsafe _ = write(kicks[ring], &one, 8)
     }

@@ -215,7 +215,7 @@ private final class Listener: Sendable {
                 // The kernel may have looked for a buffer in vain, and the driver kept silent about one meanwhile.
                 let limit: Int32 = vhost.receive.isExhausted ? 10 : -1
                 if unsafe poll(&polled, nfds_t(polled.count), limit) == 0 {
-                    if vhost.receive.handOver() { vhost.kick(0) }
+                    vhost.offerReceiveBuffers()
                     continue
                 }
                 var count: UInt64 = 0
@@ -226,7 +226,7 @@ private final class Listener: Sendable {
                         continue
                     }
                     // The driver may have been told to keep silent until now.
-                    if vhost.receive.handOver() { vhost.kick(0) }
+                    vhost.offerReceiveBuffers()
                     if vhost.receive.wantsInterrupt { signals.usedBuffer(queue: 0) }
                 }
                 if polled[2].revents != 0 { return }

@@ -104,7 +104,7 @@ private func stuckConsole(_ stage: Stage) throws(Failure) {
         try expect(lacuna_ioctl_pointer(reader, UInt(FIONREAD), &waiting) == 0, "FIONREAD: errno \(errno)")
         // Pages of a FIFO are left when the next piece, of up to 512 bytes, does not fit, and no piece is begun in the
         // last one's rest by a program that looks first.
-        return waiting > 3 * (4096 - 512) && waiting == before
+        return waiting > room - 4096 - 3 * 512 && waiting == before
     }
     let destination = try stage.receive("destination", at: "unix:channel")
     let report = try stage.migrate(

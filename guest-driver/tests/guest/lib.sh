@@ -282,9 +282,7 @@ bad_log()
 {
 	dmesg -r | grep '^<[0-4]>' |
 		grep -v -e 'taints kernel' -e 'module verification failed' \
-			-e 'hrtimer: interrupt took' \
-			-e 'clocksource: Long readout interval' \
-			-e 'clocksource: .* read-back delay' |
+			-e 'hrtimer: interrupt took' |
 		grep -v -E -f "$allowed"
 }
 
